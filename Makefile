@@ -1,0 +1,47 @@
+# One place for every command: `make install`, `make test`, `make test-slow`.
+# Each does all of its own set-up; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help install lint test test-slow parity lock clean
+
+help:
+	@echo "make install    build .venv from nothing (idempotent)"
+	@echo "make test       lint, types, import layers, whole test suite"
+	@echo "make test-slow  the tests that train for more than seconds"
+	@echo "make parity DIR=folder  replay recorded runs of the Top-AFA authors' code"
+	@echo "make lock       renew requirements.lock from what is installed"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	  f"sae_jax needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; use make PYTHON=python3.x")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: lint
+	$(BIN)/python -m pytest -n auto -m 'not slow'
+
+test-slow: install
+	$(BIN)/python -m pytest -n auto -m slow
+
+DIR ?= tests/golden
+parity: install
+	$(BIN)/python -m tests.parity $(DIR)
+
+lock: install
+	$(BIN)/python -m pip freeze --exclude-editable --exclude sae_jax > requirements.lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

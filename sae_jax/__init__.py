@@ -1,0 +1,55 @@
+"""Sparse autoencoders for interpretability research, as pure functions in JAX.
+
+sae = SAE(d_in=768, n_features=12288, rule="top_afa(coef=0.03125)")
+optimiser = adam(learning_rate(3e-4, steps=20_000, warmup=500))
+state = init_state(sae, optimiser, jax.random.key(0))
+step = make_step(sae, optimiser)
+state, metrics = step(state, {"x": activations})
+codes = sae.encode(state.variables, activations)
+"""
+
+from sae_jax import select
+from sae_jax.codes import Sparse, to_dense
+from sae_jax.contract import (
+    Encoded,
+    Inputs,
+    Penalty,
+    Rule,
+    Weights,
+    from_pre,
+    from_selection,
+)
+from sae_jax.fold import fold_scale
+from sae_jax.losses import AuxK
+from sae_jax.model import SAE, Output, Variables
+from sae_jax.rules import RULES, load_file, register
+from sae_jax.train.knob import Knob
+from sae_jax.train.optim import adam, learning_rate
+from sae_jax.train.step import TrainState, init_state, make_step
+
+__all__ = [
+    "RULES",
+    "SAE",
+    "AuxK",
+    "Encoded",
+    "Inputs",
+    "Knob",
+    "Output",
+    "Penalty",
+    "Rule",
+    "Sparse",
+    "TrainState",
+    "Variables",
+    "Weights",
+    "adam",
+    "fold_scale",
+    "from_pre",
+    "from_selection",
+    "init_state",
+    "learning_rate",
+    "load_file",
+    "make_step",
+    "register",
+    "select",
+    "to_dense",
+]

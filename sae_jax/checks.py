@@ -1,0 +1,118 @@
+"""Validation that names what was given, what is needed and what to do.
+
+Faults are collected as sentences and raised together, so that a user mends
+a configuration once instead of once per run.
+"""
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def raise_all(faults: Iterable[str]) -> None:
+    """Raises one `ValueError` holding every fault, or returns if there is none."""
+    found = list(faults)
+    if found:
+        raise ValueError("\n".join(found))
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> str:
+    """Says that a name is not known, which one is nearest, and which there are."""
+    names = sorted(known)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    listed = ", ".join(names) or "none"
+    return f"Unknown {kind} {given!r}.{hint} Known: {listed}."
+
+
+def value_fault(name: str, value: Any, annotation: Any) -> str | None:
+    """Checks one value against its annotation; of a union, the first type counts.
+
+    Numbers must be finite and not negative: no sparsity rule has a use for a
+    negative budget, coefficient, bandwidth or decay.
+    """
+    if isinstance(annotation, types.UnionType):
+        if value is None and types.NoneType in typing.get_args(annotation):
+            return None
+        annotation = typing.get_args(annotation)[0]
+    origin = typing.get_origin(annotation)
+    if origin is typing.Literal:
+        options = typing.get_args(annotation)
+        if value not in options:
+            return f"{name}={value!r} must be one of {', '.join(map(repr, options))}."
+        return None
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or not value:
+            return f"{name}={value!r} must be a non-empty list such as [8, 16]."
+        item = typing.get_args(annotation)[0]
+        faults = (value_fault(f"{name}[{i}]", v, item) for i, v in enumerate(value))
+        return next((fault for fault in faults if fault), None)
+    if annotation is bool:
+        if not isinstance(value, bool):
+            return f"{name}={value!r} must be True or False."
+        return None
+    if annotation in (int, float):
+        whole = annotation is int
+        good = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+        if isinstance(value, bool) or not isinstance(value, good):
+            return f"{name}={value!r} must be {'an integer' if whole else 'a number'}."
+        if not math.isfinite(value) or value < 0:
+            return f"{name}={value!r} must be finite and not negative."
+    return None
+
+
+def is_traced(*arrays: Any) -> bool:
+    """Whether any of these is an abstract value inside a JAX transformation."""
+    return any(isinstance(a, jax.core.Tracer) for a in arrays)
+
+
+def rows(name: str, x: Any, width: int, *, n_rows: int | None = None) -> None:
+    """Checks that `x` is a non-empty batch of finite float rows of one width.
+
+    Values are looked at only outside of jit, where a look is possible; inside,
+    the step reports `finite` among its metrics.
+    """
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        raise ValueError(
+            f"{name} is a {type(x).__name__}; give an array of shape [rows, {width}]."
+        )
+    if len(x.shape) != 2 or x.shape[1] != width:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; needed is [rows, {width}]. "
+            f"Reshape it, or build the SAE for the width of your activations."
+        )
+    if x.shape[0] == 0:
+        raise ValueError(f"{name} has no rows; give at least one.")
+    if n_rows is not None and x.shape[0] != n_rows:
+        raise ValueError(f"{name} has {x.shape[0]} rows, x has {n_rows}; match them.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} holds {x.dtype}; activations are floats. Token ids go through "
+            f"a language model first; other numbers through x.astype('float32')."
+        )
+    if is_traced(x):
+        return
+    with jax.ensure_compile_time_eval():
+        bad = int(jnp.count_nonzero(~jnp.isfinite(x).all(axis=1)))
+    if bad:
+        raise ValueError(
+            f"{name} has NaN or infinite values in {bad} of {x.shape[0]} rows. "
+            f"Drop those rows or mend the source of the activations."
+        )
+
+
+def finite(metrics: Mapping[str, Any]) -> None:
+    """Raises if the metrics of a step say that loss or gradients were not finite."""
+    if not bool(metrics["finite"]):
+        loss, step = float(metrics["loss"]), int(metrics["step"])
+        raise FloatingPointError(
+            f"Step {step} gave loss={loss} or a gradient that is not finite. "
+            f"Look at the batch of that step, lower the learning rate, or clip."
+        )

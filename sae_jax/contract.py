@@ -1,0 +1,259 @@
+"""The contract of a sparsity rule.
+
+A rule answers one question: which features are active, and how strongly, for these
+rows? It is a record, `Rule`, around one pure function:
+
+    encode(inputs, params, state, *, train, **hyperparameters) -> Encoded
+
+Most rules are lifted from something smaller. `from_pre` lifts a function of the
+pre-activations, `from_selection` one that says only *which* features stay on (values,
+sparse storage and sparse gradients then come from the package).
+
+A hyperparameter is a keyword-only argument, with type and default, of whichever of
+the rule's functions reads it. Annotated as `float | Array` or `int | Array` it may be a
+traced value, as schedules and ensembles need: they move k inside one compiled program.
+Two kinds of keyword-only argument are not hyperparameters: `train`; and `<name>_max`,
+the static ceiling of hyperparameter `<name>`, which the package fills in, since shapes
+cannot follow a traced value.
+
+What the rest of the package wants to know of a rule is a field of its record; nothing
+outside a rule's file names it.
+"""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Any, Literal, NamedTuple
+
+from jaxtyping import Array, Bool, Float
+
+from sae_jax import checks, codes, registry, select
+from sae_jax.codes import Codes
+
+Params = dict[str, Array]
+State = dict[str, Array]
+Need = Literal["key", "grad_x", "autoencoder"]
+
+
+class Weights(NamedTuple):
+    """The four arrays of an SAE as its products use them."""
+
+    W_enc: Float[Array, "D_in F"]
+    b_enc: Float[Array, " F"]
+    W_dec: Float[Array, "F D_out"]
+    b_dec: Float[Array, " D_out"]
+
+
+class Inputs(NamedTuple):
+    """What a rule may look at.
+
+    Attributes:
+      x: rows after input treatment, `[B, D_in]`.
+      encoder: the encoder product; `encoder.pre` are the pre-activations `[B, F]`.
+      weights: the four arrays, read-only.
+      target: what is to be reconstructed; `x` itself unless transcoding.
+      grad_x: gradient of the model's loss with respect to `x`, or None.
+      mask: which rows are valid, or None for all.
+      key: consumed by rules that draw random numbers, else None.
+      step: training step, counted from 0.
+    """
+
+    x: Float[Array, "B D_in"]
+    encoder: codes.Encoder
+    weights: Weights
+    target: Float[Array, "B D_out"]
+    grad_x: Float[Array, "B D_in"] | None
+    mask: Bool[Array, " B"] | None
+    key: Array | None
+    step: Array | int
+
+    @property
+    def pre(self) -> Float[Array, "B F"]:
+        """The pre-activations."""
+        return self.encoder.pre
+
+    @property
+    def x_centred(self) -> Float[Array, "B D_in"]:
+        """The rows that the encoder multiplies: `x`, less `b_dec` if so configured."""
+        return self.encoder.x - self.encoder.b_pre
+
+
+class Penalty(NamedTuple):
+    """A loss term of the rule's own: `coef * mean over valid rows of per_row`."""
+
+    coef: Array | float
+    per_row: Float[Array, " B"]
+
+
+class Encoded(NamedTuple):
+    """Codes, the rule's state after these rows, and the rule's own loss terms."""
+
+    codes: Codes
+    state: State
+    penalties: dict[str, Penalty]
+
+
+class Reconstructions(NamedTuple):
+    """R reconstructions to be scored, the last of them the SAE's output."""
+
+    x_hats: list[Float[Array, "B D_out"]]
+    coefficients: list[float]
+
+
+def plain_init(key: Array, params: Params) -> tuple[Params, State]:
+    """No learned extras, no memory."""
+    return params, {}
+
+
+def plain_weights(params: Params, state: State) -> Weights:
+    """The four parameters as they are."""
+    return Weights(params["W_enc"], params["b_enc"], params["W_dec"], params["b_dec"])
+
+
+def plain_reconstructions(
+    active: Codes, weights: Weights, dtype: Any
+) -> Reconstructions:
+    """One reconstruction, from all features."""
+    x_hat = codes.decode(active, weights.W_dec, dtype) + weights.b_dec
+    return Reconstructions([x_hat], [1.0])
+
+
+def no_faults(n_features: int) -> Iterable[str]:
+    """Any finite, non-negative hyperparameters will do."""
+    return ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # one of a kind, compared by identity
+class Rule:
+    """All that the package knows of a sparsity rule.
+
+    Attributes:
+      name: file name, flag value and checkpoint key alike.
+      paper: where it comes from.
+      decides: what it decides by, in a few words, for the table of rules.
+      encode: the rule itself.
+      example: hyperparameters for a small SAE (16 wide, 64 features) in tests.
+      knob: the hyperparameter that moves sparsity; schedules and sweeps turn it.
+      knob_raises_l0: whether more of the knob means more active features; None where
+        that depends on the data, so that nothing can steer by it.
+      init: adds learned extras to the parameters, and makes the state: memory that
+        no gradient updates.
+      weights: the four arrays from parameters and state; tied dictionaries and
+        adapted biases override it.
+      reconstructions: the reconstructions that are scored; nested ones override it.
+      faults: sentences on what is wrong with these hyperparameters at this width.
+      budget: the hyperparameter that bounds the mean number of active features.
+      needs: what it cannot do without: "key" (random numbers in training), "grad_x"
+        (gradients of the model's loss in training), "autoencoder" (not a transcoder).
+      couples_batch: in training, a row's codes depend on other rows.
+      signed: codes may be negative.
+      reads_b_enc: whether pre-activations include the encoder bias.
+      centres: whether the encoder sees `x - b_dec`.
+      aux_k: whether its literature trains it with an auxiliary dead-feature loss;
+        the default of training.
+    """
+
+    name: str
+    paper: str
+    decides: str
+    encode: Callable[..., Encoded]
+    example: Mapping[str, Any]
+    knob: str
+    knob_raises_l0: bool | None = True
+    init: Callable[..., tuple[Params, State]] = plain_init
+    weights: Callable[..., Weights] = plain_weights
+    reconstructions: Callable[..., Reconstructions] = plain_reconstructions
+    faults: Callable[..., Iterable[str]] = no_faults
+    budget: str | None = None
+    needs: frozenset[Need] = frozenset()
+    couples_batch: bool = False
+    signed: bool = False
+    reads_b_enc: bool = True
+    centres: bool = True
+    aux_k: bool = True
+
+    def __post_init__(self) -> None:
+        known = self.hyperparameters()
+        named = {self.knob, *self.example, self.budget or self.knob}
+        named |= {parameter.name for parameter in keywords(self.faults)}
+        checks.raise_all(
+            f"Rule {self.name}: {checks.unknown('hyperparameter', name, known)}"
+            for name in sorted(named - set(known))
+        )
+
+    def hyperparameters(self) -> dict[str, tuple[Any, Any]]:
+        """Type and default of each hyperparameter, by name."""
+        found: dict[str, tuple[Any, Any]] = {}
+        functions = (self.encode, self.init, self.weights, self.reconstructions)
+        for function in functions:
+            hints = typing.get_type_hints(function)
+            for parameter in keywords(function):
+                entry = (hints.get(parameter.name), parameter.default)
+                if found.setdefault(parameter.name, entry) != entry:
+                    raise ValueError(
+                        f"Rule {self.name} declares {parameter.name} twice and "
+                        f"differently; give it one type and one default."
+                    )
+        return {
+            name: entry
+            for name, entry in found.items()
+            if name != "train"
+            and not (name.endswith("_max") and name.removesuffix("_max") in found)
+        }
+
+    @property
+    def traced(self) -> tuple[str, ...]:
+        """The hyperparameters that may be traced values."""
+        hints = self.hyperparameters().items()
+        return tuple(n for n, (hint, _) in hints if Array in typing.get_args(hint))
+
+    def __repr__(self) -> str:
+        return f"<rule {self.name}: {self.decides}>"
+
+
+def keywords(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The keyword-only parameters of a function, where hyperparameters live."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def from_pre(function: Callable[..., Codes]) -> Callable[..., Encoded]:
+    """Lifts `function(pre, *, hyperparameters) -> codes` into a rule's `encode`."""
+
+    @wraps(function)
+    def encode(inputs, params, state, **hp):
+        return Encoded(function(inputs.pre, **hp), state, {})
+
+    return encode
+
+
+def from_selection(
+    function: Callable[..., select.Selection],
+) -> Callable[..., Encoded]:
+    """Lifts `function(inputs, *, hyperparameters) -> selection` into `encode`.
+
+    Codes are `relu(pre)` on the selected features.
+    """
+
+    @wraps(function)
+    def encode(inputs, params, state, **hp):
+        chosen = function(inputs, **hp)
+        return Encoded(select.keep(inputs.encoder, chosen), state, {})
+
+    return encode
+
+
+RULES: registry.Table[Rule] = registry.Table("rule")
+
+
+def register(rule: Rule) -> Rule:
+    """Makes a rule known under its name: to spec strings, tests, tables and sweeps."""
+    return RULES.register(rule.name, rule)
+
+
+def budget_faults(n_features: int, *, k: float) -> Iterable[str]:
+    """A budget of k features per row must be positive and fit the dictionary."""
+    if not 0 < k <= n_features:
+        yield f"k={k} must be above 0 and at most n_features={n_features}."

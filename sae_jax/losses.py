@@ -1,0 +1,109 @@
+"""Losses. One scale everywhere: the mean over rows and over width ("mean-MSE").
+
+Coefficients published for a squared error summed over width are divided by D where
+they enter this package; docstrings say so.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sae_jax import checks, codes, select
+
+
+def mean_rows(
+    per_row: Float[Array, "B ..."], mask: Bool[Array, " B"] | None
+) -> Float[Array, "..."]:
+    """The mean over valid rows; 0 where there is none.
+
+    Summed in the widest type that JAX is set to, whatever the type of the values.
+    """
+    widest = jax.dtypes.canonicalize_dtype(jnp.float64)
+    if mask is None:
+        return per_row.astype(widest).mean(0).astype(per_row.dtype)
+    valid = mask.reshape(-1, *(1,) * (per_row.ndim - 1))
+    total = jnp.where(valid, per_row, 0).astype(widest).sum(0)
+    return (total / jnp.maximum(mask.sum(), 1)).astype(per_row.dtype)
+
+
+def mse(
+    x_hat: Float[Array, "#B D"],
+    target: Float[Array, "B D"],
+    mask: Bool[Array, " B"] | None,
+) -> Float[Array, ""]:
+    """`mean((x_hat - target)**2)` over valid rows and width."""
+    squares = jnp.square(x_hat - target)
+    if mask is None:
+        return mean_rows(squares.reshape(-1), None)
+    return mean_rows(squares.mean(1), mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class AuxK:
+    """Auxiliary loss that lets dead features model what is left unexplained.
+
+    With e = target - x_hat and e_hat the decoding of the k strongest dead features of
+    each row: `coef * mean((e_hat - e)**2)`, divided by the variance of e where
+    `normalise`. Gao et al. 2024, arXiv:2406.04093, normalise; the BatchTopK and
+    Top-AFA authors' code does not, which keeps the term on the scale of the mean-MSE.
+
+    Differs: e is a constant here (`detach`), as in Gao et al. and unlike the Top-AFA
+    authors' code, where the live features also feel this loss.
+
+    Attributes:
+      k: dead features per row, at most (512: Top-AFA authors' code).
+      coef: weight of the term (1/32: all sources).
+      dead_after: steps without firing after which a feature counts as dead
+        (20: Matryoshka authors' code; 5 in the Top-AFA authors' code).
+      normalise: divide by the variance of e over the batch, unless that is 0.
+      detach: treat e as a constant.
+    """
+
+    k: int = 512
+    coef: float = 1 / 32
+    dead_after: int = 20
+    normalise: bool = False
+    detach: bool = True
+
+    def __post_init__(self) -> None:
+        checks.raise_all(
+            fault
+            for field in dataclasses.fields(self)
+            if (
+                fault := checks.value_fault(
+                    f"AuxK {field.name}", getattr(self, field.name), field.type
+                )
+            )
+        )
+        checks.raise_all(["AuxK k=0 selects nothing; pass aux=None."] * (self.k == 0))
+
+
+def aux_k(
+    aux: AuxK,
+    encoder: codes.Encoder,
+    dead: Bool[Array, " F"],
+    W_dec: Float[Array, "F D"],
+    residual: Float[Array, "B D"],
+    mask: Bool[Array, " B"] | None,
+) -> Float[Array, ""]:
+    """The loss of `AuxK`; costs nothing in a step without dead features."""
+    if aux.detach:
+        residual = jax.lax.stop_gradient(residual)
+
+    def loss(_: None) -> Array:
+        scores = jnp.where(dead, encoder.pre, -jnp.inf)
+        chosen = select.rows(scores, dead.sum(), count_max=min(aux.k, dead.size))
+        revived = select.keep(encoder, chosen)
+        e_hat = codes.decode(revived, W_dec, encoder.dtype).astype(residual.dtype)
+        error = mse(e_hat, residual, mask)
+        if aux.normalise:
+            spread = mse(mean_rows(residual, mask)[None], residual, mask)
+            error = error / jnp.where(spread > 0, spread, 1)
+        return (aux.coef * error).astype(residual.dtype)
+
+    def nothing(_: None) -> Array:
+        return jnp.zeros((), residual.dtype)
+
+    return jax.lax.cond(dead.any(), loss, nothing, None)

@@ -1,0 +1,1 @@
+"""Training: the optimiser, the knob's schedule, the step."""

@@ -1,0 +1,105 @@
+"""Schedules on a rule's knob, for every rule alike.
+
+The knob is the hyperparameter that moves sparsity: k of TopK, the coefficient of ReLU
+or Top-AFA. Its value in a step is `value * ramp(step) * control`:
+
+* the ramp goes in a straight line from `start` to 1 within `steps`. A start of 0 is a
+  sparsity warm-up of a coefficient, a start above 1 an annealing of k;
+* control, if a `target_l0` is given, moves by up to `rate` per step (in proportion to
+  how far L0 is off), in whichever direction the rule's record says brings L0 closer.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sae_jax import checks
+from sae_jax.model import SAE
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """How the knob moves during training.
+
+    Attributes:
+      start: factor on the knob in step 0.
+      steps: length of the ramp from `start` to 1; 0: no ramp.
+      target_l0: mean number of active features to steer for, or None.
+      rate: largest relative change that control makes in a step (chosen, untested).
+      range: control keeps the knob within this factor of its value, both ways.
+    """
+
+    start: float = 1.0
+    steps: int = 0
+    target_l0: float | None = None
+    rate: float = 0.01
+    range: float = 100.0
+
+    def __post_init__(self) -> None:
+        faults = [
+            checks.value_fault(f"Knob {f.name}", getattr(self, f.name), f.type)
+            for f in dataclasses.fields(self)
+        ]
+        if self.start != 1 and self.steps == 0:
+            faults.append(f"Knob start={self.start} needs steps, the ramp's length.")
+        if self.range < 1:
+            faults.append(f"Knob range={self.range} must be at least 1.")
+        checks.raise_all(filter(None, faults))
+
+    @property
+    def moves(self) -> bool:
+        """Whether the knob is anything other than a constant."""
+        return self.steps > 0 or self.target_l0 is not None
+
+    def prepare(self, sae: SAE) -> SAE:
+        """The same SAE, its rule told the largest value that the knob may take."""
+        rule, value = sae.bound.rule, sae.bound.hp[sae.bound.rule.knob]
+        if not self.moves:
+            return sae
+        if self.target_l0 is not None and rule.knob_raises_l0 is None:
+            raise ValueError(
+                f"Nothing can steer {rule.name} towards target_l0={self.target_l0}: "
+                f"which way {rule.knob} moves its sparsity depends on the data."
+            )
+        if rule.knob not in rule.traced:
+            raise ValueError(
+                f"{rule.name}'s knob {rule.knob} cannot be scheduled, since it may not "
+                f"be traced; if the rule can bear that, annotate {rule.knob} as "
+                f"float | Array or int | Array."
+            )
+        factor = max(1.0, self.start) * (1 if self.target_l0 is None else self.range)
+        ceiling = value * factor
+        if rule.budget == rule.knob:
+            ceiling = min(ceiling, sae.n_features)
+        bound = dataclasses.replace(sae.bound, ceiling=ceiling)
+        return dataclasses.replace(sae, rule=bound)
+
+    def value(
+        self, sae: SAE, step: Array, control: Float[Array, ""]
+    ) -> Float[Array, ""] | None:
+        """The knob in this step, or None where it never moves."""
+        if not self.moves:
+            return None
+        ramp = jnp.float32(1)
+        if self.steps:
+            done = jnp.minimum(step / self.steps, 1)
+            ramp = self.start + (1 - self.start) * done
+        value = sae.bound.hp[sae.bound.rule.knob] * ramp * control
+        if sae.bound.ceiling is not None:
+            value = jnp.minimum(value, sae.bound.ceiling)
+        return value.astype(jnp.float32)
+
+    def steer(
+        self, sae: SAE, control: Float[Array, ""], l0: Float[Array, ""]
+    ) -> Float[Array, ""]:
+        """Control for the next step, after seeing this step's L0."""
+        if self.target_l0 is None:
+            return control
+        direction = 1 if sae.bound.rule.knob_raises_l0 else -1
+        off = jnp.clip((self.target_l0 - l0) / self.target_l0, -1, 1)
+        control = control * jnp.exp(direction * self.rate * off)
+        return jnp.clip(control, 1 / self.range, self.range).astype(jnp.float32)
+
+
+CONSTANT = Knob()

@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import sae_jax
+
+# A user's own rules, from a file outside the package: from here on every test that
+# runs over the registered rules runs over these as well.
+USER_RULES = Path(__file__).parent / "user_rules.py"
+sae_jax.load_file(USER_RULES)
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+def planted(d: int, n: int, p: float, rows: int, seed: int = 0):
+    """Sparse mixtures of n known unit directions: (activations, directions, codes)."""
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(n, d))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    codes = (rng.random((rows, n)) < p) * rng.uniform(0.5, 1.5, (rows, n))
+    return (codes @ directions).astype(np.float32), directions, codes

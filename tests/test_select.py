@@ -1,0 +1,140 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sae_jax
+from sae_jax import SAE, select
+from tests import oracles
+
+CASES = {
+    "gaussian": lambda r, n, f: np.maximum(r.normal(size=(n, f)), 0),
+    "positive": lambda r, n, f: r.uniform(0.1, 1, (n, f)),
+    "tied": lambda r, n, f: r.integers(0, 4, (n, f)).astype(float),
+    "all equal": lambda r, n, f: np.full((n, f), 0.3),
+    "all zero": lambda r, n, f: np.zeros((n, f)),
+    "huge": lambda r, n, f: np.maximum(r.normal(size=(n, f)), 0) * 1e15,
+    "one huge": lambda r, n, f: r.uniform(0, 1, (n, f)) + 1e10 * (np.arange(f) == 7),
+    "past the 1e4 of the reference": lambda r, n, f: r.uniform(0, 5e3, (n, f)),
+}
+
+
+def targets(strengths, rng):
+    norms = np.linalg.norm(strengths, axis=1)
+    return {
+        "a share": norms * rng.uniform(0, 1, len(norms)),
+        "out of reach": norms * 1.5 + 1,
+        "zero": 0 * norms,
+    }
+
+
+@pytest.mark.parametrize("how", ["nearest", "exceed"])
+@pytest.mark.parametrize("case", CASES)
+def test_norm_cut_equals_the_sort_in_float64(case, how, x64):
+    rng = np.random.default_rng(0)
+    for n_features in (1, 2, 9, 300):
+        strengths = CASES[case](rng, 96, n_features)
+        for name, target in targets(strengths, rng).items():
+            found = select.norm_cut(
+                jnp.asarray(strengths), jnp.asarray(target), how=how
+            )
+            expected = oracles.norm_cut(strengths, target, how)
+            # Features of strength 0 give codes of 0 whether selected or not.
+            differ = (np.asarray(found) != expected) & (strengths > 0)
+            assert not differ.any(), f"{name}, F={n_features}: {differ.any(1).sum()}"
+
+
+def differing_rows(strengths, target, dtype):
+    """Share of rows whose selection is not the float64 sort's, and the worst loss."""
+    rounded = np.asarray(jnp.asarray(strengths, dtype), np.float64)
+    target = np.asarray(jnp.asarray(target, dtype), np.float64)
+    found = select.norm_cut(jnp.asarray(rounded, dtype), jnp.asarray(target, dtype))
+    expected = oracles.norm_cut(rounded, target, "nearest")
+    differ = ((np.asarray(found) != expected) & (rounded > 0)).any(1)
+
+    def miss(mask):
+        return np.abs(np.sqrt((rounded**2 * mask).sum(1)) - target)
+
+    excess = (miss(np.asarray(found)) - miss(expected)) / np.maximum(target, 1e-30)
+    return differ.mean(), excess[differ].max(initial=0.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norm_cut_in_low_precision_differs_only_where_candidates_tie(dtype, capsys):
+    rng = np.random.default_rng(1)
+    strengths = np.maximum(rng.normal(size=(512, 4096)), 0)
+    target = np.linalg.norm(strengths, axis=1) * rng.uniform(0.2, 1, 512)
+    share, excess = differing_rows(strengths, target, dtype)
+    with capsys.disabled():
+        print(
+            f"\nnorm_cut in {dtype}: {share:.2%} of rows differ from the float64 sort"
+        )
+    assert excess < 4 * np.finfo(np.float32).eps  # sums stay in float32 for both
+    assert share < 0.02
+
+
+def test_norm_cut_has_no_finite_sentinel():
+    """The reference's finite sentinel keeps everything for norms near 1e4."""
+    strengths = jnp.full((1, 64), 1250.0)  # c_64 = 1e4
+    kept = select.norm_cut(strengths, jnp.asarray([9990.0])).sum()
+    assert kept == 63
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 50])
+def test_rows_takes_the_largest_with_ties_to_the_lower_index(count):
+    scores = np.random.default_rng(2).integers(0, 6, (40, 50)).astype(np.float32)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    expected = np.zeros(scores.shape, bool)
+    np.put_along_axis(expected, order, True, axis=1)
+    for traced in (False, True):
+        amount = jnp.float32(count) if traced else count
+        ceiling = 50 if traced else count
+        found = select.rows(jnp.asarray(scores), amount, count_max=ceiling)
+        if isinstance(found, select.Rows):
+            assert count == 1, "few enough to be sparse"
+            mask = np.zeros(scores.shape, bool)
+            np.put_along_axis(mask, np.asarray(found.indices), found.keep, axis=1)
+            found = mask
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_batch_takes_the_largest_of_all_with_ties_to_the_lower_index():
+    scores = np.random.default_rng(3).integers(0, 9, (20, 30)).astype(np.float32)
+    order = np.argsort(-scores.ravel(), kind="stable")[:77]
+    expected = np.isin(np.arange(600), order).reshape(20, 30)
+    np.testing.assert_array_equal(
+        select.batch(jnp.asarray(scores), 77, count_max=77), expected
+    )
+    np.testing.assert_array_equal(
+        select.batch(jnp.asarray(scores), jnp.float32(77), count_max=200), expected
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "rule", ["topk(k=32)", "topk(k=200)", "batch_topk(k=8.5)", "matryoshka", "top_afa"]
+)
+def test_no_training_step_sorts(rule, dtype):
+    """In the compiled program, gradients, AuxK and schedules included."""
+    sae = SAE(32, 2048, rule=rule, dtype=dtype)
+    knob = sae_jax.Knob()
+    if sae.bound.rule.budget:
+        knob = sae_jax.Knob(start=2.0, steps=10)
+    optimiser = sae_jax.adam(1e-3)
+    state = sae_jax.init_state(sae, optimiser, jax.random.key(0))
+    step = sae_jax.make_step(sae, optimiser, knob=knob)
+    text = step.lower(state, {"x": jnp.ones((64, 32))}).compile().as_text()
+    assert "TopK" in text, "AuxK at least selects by top-k"
+    assert not re.search(r"= \S+ sort\(", text)
+    assert re.search(r"= \S+ sort\(", _a_sort()), "the pattern finds sorts"
+
+
+def _a_sort():
+    def kth(scores):  # a static slice that does not start at 0
+        return jax.lax.top_k(scores, 8)[0][:, 7]
+
+    scores = jnp.ones((8, 4096), jnp.bfloat16)
+    text = jax.jit(kth).lower(scores).compile().as_text()
+    return re.sub(r"= \([^)]*\) sort\(", "= x sort(", text)
