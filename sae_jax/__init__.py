@@ -21,11 +21,12 @@ from sae_jax.contract import (
 )
 from sae_jax.fold import fold_scale
 from sae_jax.losses import AuxK
-from sae_jax.model import SAE, Output, Variables
+from sae_jax.model import SAE
 from sae_jax.rules import RULES, load_file, register
 from sae_jax.train.knob import Knob
 from sae_jax.train.optim import adam, learning_rate
 from sae_jax.train.step import TrainState, init_state, make_step
+from sae_jax.variables import Output, Variables
 
 __all__ = [
     "RULES",

@@ -108,6 +108,21 @@ def rows(name: str, x: Any, width: int, *, n_rows: int | None = None) -> None:
         )
 
 
+def beside(name: str, other: Any, width: int, x: Any) -> None:
+    """Checks what comes beside `x`, if it is there: rows of its own width, as many."""
+    if other is not None:
+        rows(name, other, width, n_rows=x.shape[0])
+
+
+def mask(given: Any, x: Any) -> None:
+    """Checks a mask over the rows of `x`, if there is one."""
+    if given is not None and (given.shape != x.shape[:1] or given.dtype != bool):
+        raise ValueError(
+            f"mask is {given.dtype}{list(given.shape)}; needed is "
+            f"bool[{x.shape[0]}], true for the rows that count."
+        )
+
+
 def finite(metrics: Mapping[str, Any]) -> None:
     """Raises if the metrics of a step say that loss or gradients were not finite."""
     if not bool(metrics["finite"]):

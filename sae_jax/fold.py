@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from sae_jax.model import SAE, Variables
+from sae_jax.model import SAE
+from sae_jax.variables import Variables
 
 
 def fold_scale(sae: SAE, variables: Variables) -> tuple[SAE, Variables]:

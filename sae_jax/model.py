@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,48 +11,13 @@ from jaxtyping import Array, Float
 from sae_jax import checks, codes, treatment
 from sae_jax.binding import BoundRule
 from sae_jax.codes import Codes
-from sae_jax.contract import Inputs, Params, Penalty, State, Weights
+from sae_jax.contract import Inputs
 from sae_jax.rules import parse
 from sae_jax.treatment import Treatment, Undo
+from sae_jax.variables import Forward, Output, Variables
 
 Start = Literal["zeros", "mean", "geometric_median"]
 DType = Literal["float32", "bfloat16", "float64"]
-
-
-class Variables(NamedTuple):
-    """All arrays of an SAE.
-
-    Attributes:
-      params: what gradients update; `W_enc [D_in, F]`, `b_enc [F]`, `W_dec [F, D_out]`,
-        `b_dec [D_out]`, and whatever the rule learns besides.
-      state: the rule's memory, which no gradient updates.
-      constants: estimated once from data (the scale of the `scale` treatment).
-    """
-
-    params: Params
-    state: State
-    constants: dict[str, Array]
-
-
-class Output(NamedTuple):
-    """What `SAE.apply` gives: `x_hat [B, D_out]` and the codes behind it."""
-
-    x_hat: Float[Array, "B D_out"]
-    codes: Codes
-
-
-class Forward(NamedTuple):
-    """Everything that one pass computes, in the treated space; the loss reads it."""
-
-    x_hats: list[Float[Array, "B D_out"]]
-    coefficients: list[float]
-    codes: Codes
-    state: State
-    penalties: dict[str, Penalty]
-    encoder: codes.Encoder
-    weights: Weights
-    target: Float[Array, "B D_out"]
-    undo: Undo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +43,7 @@ class SAE:
 
     d_in: int
     n_features: int
-    rule: str | BoundRule = "top_afa"
+    rule: str | BoundRule
     d_out: int | None = None
     treatment: Treatment = "none"
     b_dec_start: Start = "zeros"
@@ -240,7 +205,11 @@ class SAE:
         """
         rule = self.bound.rule
         checks.rows("x", x, self.d_in)
-        self._check_company(x, target, grad_x, mask)
+        if target is not None and not self.is_transcoder:
+            raise ValueError("An autoencoder takes no target; transcoders set d_out.")
+        checks.beside("target", target, self.width_out, x)
+        checks.beside("grad_x", grad_x, self.d_in, x)
+        checks.mask(mask, x)
         if train:
             self._check_training(target, grad_x, key)
         treated, undo = self._treat(x, variables.constants.get("scale_in"))
@@ -284,20 +253,6 @@ class SAE:
             target=aim,
             undo=undo_aim,
         )
-
-    def _check_company(self, x, target, grad_x, mask) -> None:
-        """Checks what comes beside `x`."""
-        if target is not None and not self.is_transcoder:
-            raise ValueError("An autoencoder takes no target; transcoders set d_out.")
-        if target is not None:
-            checks.rows("target", target, self.width_out, n_rows=x.shape[0])
-        if grad_x is not None:
-            checks.rows("grad_x", grad_x, self.d_in, n_rows=x.shape[0])
-        if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != bool):
-            raise ValueError(
-                f"mask is {mask.dtype}{list(mask.shape)}; needed is "
-                f"bool[{x.shape[0]}], true for the rows that count."
-            )
 
     def _check_training(self, target, grad_x, key) -> None:
         """Checks that training has what it needs."""

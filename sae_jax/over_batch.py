@@ -12,7 +12,6 @@ from jaxtyping import Array
 from sae_jax import codes, select
 from sae_jax.contract import Encoded, Inputs, Params, State
 
-
 # k * B is a whole number of features for most k that people write, such as 2.1 at
 # B = 100; in float32 it may come out one rounding below.
 _UP = 1 + 1e-6

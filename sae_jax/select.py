@@ -95,8 +95,10 @@ def norm_cut(
     features never counts as nearest; they write c_F = 1e4, here it is infinite.
 
     Instead of sorting, the cut is found by bisection on the bits of the squared
-    strengths, which order non-negative floats: 31 masked sums in float32. Rows are
-    scaled by a power of two first, so that no square overflows.
+    strengths, which order non-negative floats: 30 masked sums in float32. Rows are
+    scaled by a power of two first, so that no square overflows. A norm within rounding
+    of the target meets it, and entries lost in rounding do not count: else a code that
+    is exact draws in every feature of strength 1e-5 (L0 5.4 instead of 3.3, measured).
     """
     strengths, target = map(jax.lax.stop_gradient, (strengths, target))
     wide = jnp.promote_types(jnp.float32, strengths.dtype)
@@ -104,7 +106,7 @@ def norm_cut(
     largest = jnp.maximum(strengths.max(1), target)
     exponent = jnp.frexp(largest)[1]
     squares = jnp.square(jnp.ldexp(strengths, -exponent[:, None]))
-    target = jnp.ldexp(target, -exponent)
+    target = jnp.ldexp(target, -exponent) * (1 - 2 * jnp.finfo(wide).eps)
 
     cut = _crossing(squares, target)
     above = squares > cut[:, None]
@@ -135,8 +137,8 @@ def norm_cut(
 def _crossing(squares: Array, target: Array) -> Array:
     """The largest value v of a row with `norm of squares >= v` at least `target`.
 
-    Where the whole row falls short of the target, v is the smallest entry above zero,
-    not counting what is lost in the sum even in float64.
+    Where the whole row falls short of the target, v is the smallest entry that still
+    changes the norm of the row.
     """
     size = squares.dtype.itemsize
     bits = {4: jnp.uint32, 8: jnp.uint64}[size]
@@ -156,7 +158,7 @@ def _crossing(squares: Array, target: Array) -> Array:
     found = jax.lax.fori_loop(0, n_bits, halve, start)
     value = jax.lax.bitcast_convert_type(found, squares.dtype)
     total = squares.sum(1)
-    counts = squares > total[:, None] * 2.0**-53
+    counts = squares > total[:, None] * jnp.finfo(squares.dtype).eps
     smallest = jnp.where(counts, squares, 1).min(1)
     return jnp.where(jnp.sqrt(total) >= target, jnp.maximum(value, smallest), smallest)
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -17,6 +18,14 @@ def x64():
     """Runs a test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def as_users():
+    """Without the run-time type checks of the tests, which would speak first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def planted(d: int, n: int, p: float, rows: int, seed: int = 0):

@@ -243,7 +243,6 @@ def replay(path: Path) -> list[Row]:
 
 
 def main(folder: str) -> int:
-    jax.config.update("jax_enable_x64", True)
     paths = sorted(Path(folder).glob("*.npz"))
     if not paths:
         print(f"There is no .npz file in {folder!r}.", file=sys.stderr)
@@ -275,4 +274,5 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         print("usage: python -m tests.parity DIR", file=sys.stderr)
         sys.exit(2)
-    sys.exit(main(sys.argv[1]))
+    with jax.enable_x64(True):
+        sys.exit(main(sys.argv[1]))

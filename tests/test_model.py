@@ -10,6 +10,7 @@ import pytest
 
 import sae_jax
 from sae_jax import SAE, Sparse, codes, fold_scale, select, to_dense
+from sae_jax.binding import bind
 from sae_jax.treatment import geometric_median
 from tests.contract import rows
 
@@ -17,7 +18,7 @@ KEY = jax.random.key(0)
 
 
 def test_start_has_unit_decoder_rows_and_a_tied_encoder():
-    params = SAE(16, 64).init(KEY).params
+    params = SAE(16, 64, rule="relu").init(KEY).params
     np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=1), 1, rtol=1e-6)
     np.testing.assert_array_equal(params["W_enc"], params["W_dec"].T)
     assert not params["b_enc"].any()
@@ -27,7 +28,7 @@ def test_start_has_unit_decoder_rows_and_a_tied_encoder():
 @pytest.mark.parametrize("start", ["mean", "geometric_median"])
 def test_b_dec_starts_from_a_sample_in_the_treated_space(start):
     sample = rows(1, 500) + 3
-    sae = SAE(16, 64, b_dec_start=start, treatment="scale")
+    sae = SAE(16, 64, rule="relu", b_dec_start=start, treatment="scale")
     variables = sae.init(KEY, sample=sample)
     treated = sample * variables.constants["scale_in"]
     expected = treated.mean(0) if start == "mean" else geometric_median(treated)
@@ -36,7 +37,9 @@ def test_b_dec_starts_from_a_sample_in_the_treated_space(start):
 
 def test_scale_brings_the_mean_norm_to_the_root_of_the_width():
     sample = 7 * rows(2, 500)
-    constant = SAE(16, 64, treatment="scale").init(KEY, sample=sample).constants
+    constant = (
+        SAE(16, 64, rule="relu", treatment="scale").init(KEY, sample=sample).constants
+    )
     norms = jnp.linalg.norm(sample * constant["scale_in"], axis=1)
     np.testing.assert_allclose(norms.mean(), 4, rtol=1e-5)
 
@@ -80,10 +83,25 @@ def test_transcoder_folds_both_scales():
 
 def test_gradients_of_the_model_are_scaled_with_the_input():
     """d loss / d (c x) is 1/c of d loss / d x, so the rule sees the same products."""
-    sae = SAE(16, 64, rule="toy_attribution(k=4)", treatment="scale")
-    variables = sae.init(KEY, sample=10 * rows(1))
-    seen = sae.forward(variables, rows(), grad_x=rows(4)).undo.factor
-    np.testing.assert_allclose(seen, 1 / variables.constants["scale_in"], rtol=1e-6)
+    seen = []
+
+    def look(inputs, *, k: int = 4):
+        seen.append((inputs.x, inputs.grad_x))
+        return select.rows(inputs.pre, k, count_max=k)
+
+    rule = sae_jax.Rule(
+        name="look",
+        paper="none",
+        decides="nothing",
+        encode=sae_jax.from_selection(look),
+        example={"k": 4},
+        knob="k",
+    )
+    sae = SAE(16, 64, rule=bind(rule, {}), treatment="scale")
+    sae.forward(sae.init(KEY, sample=10 * rows(1)), rows(), grad_x=rows(4))
+    (x, grad_x) = seen[0]
+    assert abs(x[0, 0] - rows()[0, 0]) > 0.01
+    np.testing.assert_allclose(x * grad_x, rows() * rows(4), rtol=1e-5)
 
 
 @pytest.mark.parametrize("below", [0, 1.0])
@@ -160,11 +178,13 @@ BAD_SAES = {
 
 
 @pytest.mark.parametrize("message", BAD_SAES)
+@pytest.mark.usefixtures("as_users")
 def test_a_bad_description_is_refused_with_the_remedy(message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        SAE(**{"d_in": 16, "n_features": 64, **BAD_SAES[message]})
+        SAE(**{"d_in": 16, "n_features": 64, "rule": "relu", **BAD_SAES[message]})
 
 
+@pytest.mark.usefixtures("as_users")
 def test_all_faults_are_reported_at_once():
     with pytest.raises(ValueError, match=r"(?s)d_in.*treatment.*Unknown argument"):
         SAE(-1, 64, rule="topk(j=3)", treatment="unit")
@@ -183,6 +203,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("message", BAD_ROWS)
+@pytest.mark.usefixtures("as_users")
 def test_bad_rows_are_refused_with_the_remedy(message):
     sae = SAE(16, 64, rule="topk(k=5)")
     variables = sae.init(KEY)
@@ -196,6 +217,7 @@ def refuses(message, rule="topk(k=5)", options=None, **inputs):
         sae.forward(sae.init(KEY), rows(), **inputs)
 
 
+@pytest.mark.usefixtures("as_users")
 def test_bad_company_is_refused_with_the_remedy():
     refuses("mask is float32", mask=jnp.ones(24))
     refuses(r"needed is bool\[24\]", mask=jnp.ones(5, bool))
@@ -208,7 +230,7 @@ def test_bad_company_is_refused_with_the_remedy():
 
 def test_data_dependent_starts_ask_for_data():
     with pytest.raises(ValueError, match=r"estimated from data: pass init\(key"):
-        SAE(16, 64, treatment="scale").init(KEY)
+        SAE(16, 64, rule="relu", treatment="scale").init(KEY)
     with pytest.raises(ValueError, match="sample and target_sample"):
         SAE(16, 64, rule="relu", d_out=12, b_dec_start="mean").init(KEY, sample=rows())
 

@@ -13,9 +13,10 @@ from jaxtyping import Array
 
 from sae_jax import checks, codes, losses
 from sae_jax.losses import AuxK
-from sae_jax.model import SAE, DType, Forward, Variables
+from sae_jax.model import SAE, DType
 from sae_jax.train.knob import CONSTANT, Knob
 from sae_jax.train.optim import DecoderNorm, project, unit_rows
+from sae_jax.variables import Forward, Variables
 
 
 class Batch(TypedDict, total=False):

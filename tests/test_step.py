@@ -1,0 +1,236 @@
+"""The step: order of its parts, schedules, counters, metrics, messages."""
+
+import dataclasses
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sae_jax
+from sae_jax import SAE, AuxK, Knob, adam, checks, init_state, learning_rate, make_step
+from sae_jax.train.optim import project, unit_rows
+from tests.contract import rows
+
+KEY = jax.random.key(0)
+
+
+def run(sae, steps=5, optimiser=None, n=24, **options):
+    optimiser = optimiser or adam(1e-2)
+    state, history = init_state(sae, optimiser, KEY), []
+    take = make_step(sae, optimiser, **options)
+    for i in range(steps):
+        state, metrics = take(state, {"x": rows(i, n)})
+        history.append(jax.device_get(metrics))
+    return state, history
+
+
+def row_norms(state):
+    return jnp.linalg.norm(state.variables.params["W_dec"], axis=1)
+
+
+def test_decoder_rows_are_unit_after_the_step_or_before_or_never():
+    sae = SAE(16, 64, rule="relu")
+    assert abs(row_norms(run(sae, decoder_norm="after")[0]) - 1).max() < 1e-6
+    before = abs(row_norms(run(sae, decoder_norm="before")[0]) - 1).max()
+    assert 1e-5 < before < 0.05, "off by one step"
+    assert abs(row_norms(run(sae, 20, decoder_norm="free")[0]) - 1).max() > 0.05
+
+
+def test_gradients_are_projected_before_they_are_clipped():
+    """Clipped after: the norm that the optimiser sees is the limit itself."""
+    seen = []
+
+    def spy(updates, state, params=None):
+        seen.append(updates)
+        return jax.tree.map(jnp.zeros_like, updates), state
+
+    catch = optax.GradientTransformation(lambda params: (), spy)
+    chain = optax.chain(optax.clip_by_global_norm(1e-3), catch)
+    sae = SAE(16, 64, rule="relu")
+    take = make_step(sae, chain, jit=False)
+    take(init_state(sae, chain, KEY), {"x": rows()})
+    np.testing.assert_allclose(optax.tree.norm(seen[0]), 1e-3, rtol=1e-5)
+    along = (seen[0]["W_dec"] * sae.init(jax.random.split(KEY)[0]).params["W_dec"]).sum(
+        1
+    )
+    assert abs(along).max() < 1e-8
+
+
+def test_projection_and_normalisation_leave_other_parameters_alone():
+    params = {"W_dec": jnp.zeros((3, 2)).at[0].set(2.0), "other": jnp.ones(2)}
+    assert not jnp.isnan(unit_rows(params)["W_dec"]).any(), "a row of zeros stays one"
+    grads = jax.tree.map(jnp.ones_like, params)
+    projected = project(grads, params)
+    np.testing.assert_array_equal(projected["other"], 1)
+    np.testing.assert_array_equal(projected["W_dec"][1:], 1)
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine", "linear"])
+def test_learning_rate_warms_up_and_decays(decay):
+    schedule = learning_rate(2.0, 110, warmup=10, decay=decay)
+    half = {"constant": 2.0, "cosine": 1.0, "linear": 1.0}[decay]
+    end = {"constant": 2.0, "cosine": 0.0, "linear": 0.0}[decay]
+    found = [float(schedule(i)) for i in (0, 5, 10, 60, 110)]
+    np.testing.assert_allclose(found, [0, 1, 2, half, end], atol=1e-6)
+    assert float(learning_rate(2.0, 100)(0)) == 2
+
+
+def test_loss_is_the_sum_of_its_terms():
+    _, history = run(SAE(16, 64, rule="gated"), aux=AuxK(k=4, dead_after=1))
+    for metrics in history:
+        terms = [value for name, value in metrics.items() if name.startswith("loss_")]
+        assert len(terms) == 4
+        np.testing.assert_allclose(metrics["loss"], sum(terms), rtol=1e-6)
+
+
+def test_idle_features_are_counted_and_then_revived():
+    """Ten features that never win are counted, and learn once AuxK sees them."""
+    sae = SAE(16, 64, rule="topk(k=4)")
+    variables = sae.init(KEY)
+    W_enc = variables.params["W_enc"].at[:, :10].multiply(0.01)
+    variables = variables._replace(params={**variables.params, "W_enc": W_enc})
+    optimiser = adam(1e-2)
+    for dead_after, coef in ((3, 1.0), (99, 1.0)):
+        state = init_state(sae, optimiser, KEY, variables=variables)
+        take = make_step(sae, optimiser, aux=AuxK(8, coef, dead_after))
+        for i in range(6):
+            state, metrics = take(state, {"x": rows(i)})
+            idle = int(state.steps_idle[:10].min())
+            if i < 2:
+                assert idle == i + 1
+                assert metrics["dead"] == 0
+        moved = abs(state.variables.params["W_enc"] - W_enc)[:, :10].max()
+        assert (moved > 0) == (dead_after == 3)
+        assert (metrics["loss_aux"] > 0) == (dead_after == 3)
+
+
+def test_aux_k_is_on_by_default_where_the_rule_says_so():
+    assert "loss_aux" in run(SAE(16, 64, rule="topk(k=4)"), 1)[1][0]
+    assert "loss_aux" not in run(SAE(16, 64, rule="relu"), 1)[1][0]
+    assert "loss_aux" not in run(SAE(16, 64, rule="topk(k=4)"), 1, aux=None)[1][0]
+
+
+def test_a_ramp_moves_the_knob_to_its_value():
+    _, history = run(SAE(16, 64, rule="topk(k=4)"), 8, knob=Knob(start=3.0, steps=4))
+    assert [m["knob"] for m in history] == [12, 10, 8, 6, 4, 4, 4, 4]
+    assert [m["l0"] for m in history] == [12, 10, 8, 6, 4, 4, 4, 4]
+    warm = run(SAE(16, 64, rule="relu(coef=0.5)"), 6, knob=Knob(start=0.0, steps=4))[1]
+    shares = [m["loss_l1"] for m in warm]
+    assert shares[0] == 0
+    assert all(a < b for a, b in itertools.pairwise(shares[:5]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "rate"), [("relu(coef=0.05)", 0.02), ("topk(k=20)", 0.02)]
+)
+def test_control_steers_towards_the_target_l0(rule, rate):
+    sae = SAE(16, 64, rule=rule)
+    optimiser = adam(3e-3)
+    knob = Knob(target_l0=8.0, rate=rate)
+    state = init_state(sae, optimiser, KEY)
+    take = make_step(sae, optimiser, knob=knob)
+    l0 = []
+    for i in range(400):
+        state, metrics = take(state, {"x": rows(i % 16, 64)})
+        l0.append(float(metrics["l0"]))
+    assert l0[0] > 15
+    assert abs(np.mean(l0[-50:]) - 8) < 1.5, np.mean(l0[-50:])
+    assert take._cache_size() == 1
+
+
+def test_knobs_that_cannot_move_are_refused():
+    with pytest.raises(ValueError, match="depends on the data"):
+        make_step(SAE(16, 64, rule="top_afa"), adam(1e-3), knob=Knob(target_l0=8.0))
+    with pytest.raises(ValueError, match="may not be traced; if the rule can bear"):
+        make_step(SAE(16, 64, rule="toy_noisy"), adam(1e-3), knob=Knob(2.0, 5))
+    with pytest.raises(ValueError, match="needs steps"):
+        Knob(start=2.0)
+
+
+def test_a_run_compiles_once_with_schedules_masks_and_new_values():
+    chex.clear_trace_counter()
+    sae = SAE(16, 64, rule="batch_topk(k=4.0)")
+    optimiser = adam(learning_rate(1e-3, 50, warmup=5, decay="cosine"))
+    plain = make_step(sae, optimiser, knob=Knob(2.0, 10), jit=False)
+    take = jax.jit(chex.assert_max_traces(plain, n=1), donate_argnums=0)
+    state = init_state(sae, optimiser, KEY)
+    for i in range(20):
+        mask = jnp.arange(24) < 24 - i % 5
+        state, metrics = take(state, {"x": rows(i), "mask": mask})
+    assert int(metrics["step"]) == 19
+    assert metrics["finite"]
+
+
+def test_the_step_reuses_the_buffers_of_its_state_but_not_the_callers():
+    sae, optimiser = SAE(16, 64, rule="relu"), adam(1e-3)
+    variables = sae.init(KEY)
+    state = init_state(sae, optimiser, KEY, variables=variables)
+    make_step(sae, optimiser)(state, {"x": rows()})
+    assert state.variables.params["W_enc"].is_deleted()
+    assert not variables.params["W_enc"].is_deleted()
+
+
+def test_steps_draw_new_random_numbers_from_key_and_step_alone():
+    sae, optimiser = SAE(16, 64, rule="toy_noisy(sigma=1.0)"), adam(0.0)
+    take = make_step(sae, optimiser)
+    l0 = []
+    for start in (0, 0, 1):
+        state = init_state(sae, optimiser, KEY)
+        state = dataclasses.replace(state, step=jnp.int32(start))
+        l0.append(float(take(state, {"x": rows()})[1]["loss"]))
+    assert l0[0] == l0[1] != l0[2]
+
+
+def test_transcoders_train():
+    sae = SAE(16, 64, rule="topk(k=8)", d_out=12)
+    optimiser = adam(1e-2)
+    state, take = init_state(sae, optimiser, KEY), make_step(sae, optimiser)
+    matrix = jax.random.normal(KEY, (16, 12))
+    for i in range(200):
+        x = rows(i % 16, 64)
+        state, metrics = take(state, {"x": x, "target": x @ matrix})
+        if i == 0:
+            first = metrics["nmse"]
+    assert metrics["nmse"] < 0.6 * first
+
+
+def test_a_step_that_is_not_finite_is_reported_with_its_number():
+    sae, optimiser = SAE(16, 64, rule="relu"), adam(1e-3)
+    state, take = init_state(sae, optimiser, KEY), make_step(sae, optimiser)
+    state, metrics = take(state, {"x": rows()})
+    checks.finite(metrics)
+    _, metrics = take(state, {"x": rows().at[0, 0].set(jnp.nan)})
+    with pytest.raises(FloatingPointError, match=r"Step 1 gave loss=nan.*lower the"):
+        checks.finite(metrics)
+
+
+@pytest.mark.usefixtures("as_users")
+def test_bad_training_options_are_refused_with_the_remedy():
+    sae, optimiser = SAE(16, 64, rule="relu"), adam(1e-3)
+    take, state = make_step(sae, optimiser), init_state(sae, optimiser, KEY)
+    with pytest.raises(ValueError, match="Unknown entry of a batch 'targets'"):
+        take(state, {"x": rows(), "targets": rows()})
+    with pytest.raises(ValueError, match="decoder_norm='afterwards' must be one of"):
+        make_step(sae, optimiser, decoder_norm="afterwards")
+    with pytest.raises(ValueError, match="warmup=20 is longer than the run"):
+        learning_rate(1e-3, 10, warmup=20)
+    with pytest.raises(ValueError, match=r"lr=nan must be finite"):
+        learning_rate(float("nan"), 10)
+    with pytest.raises(ValueError, match="b1=-1 must be finite and not negative"):
+        adam(1e-3, b1=-1)
+    with pytest.raises(ValueError, match="pass aux=None"):
+        AuxK(k=0)
+    with pytest.raises(ValueError, match="AuxK coef=-1 must be"):
+        AuxK(coef=-1)
+
+
+def test_a_users_rule_trains_from_its_spec_string_like_any_other():
+    state, history = run(SAE(16, 64, rule="toy_scaled(coef=0.001)"), 60)
+    assert history[-1]["nmse"] < 0.7 * history[0]["nmse"]
+    assert "loss_sum" in history[0]
+    assert (state.variables.params["scale"] != 1).any()
+    assert sae_jax.RULES["toy_scaled"].decides.startswith("sign")
