@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sae_jax import checks, codes, treatment
+from sae_jax import checks, codes, start, treatment
 from sae_jax.binding import BoundRule
 from sae_jax.codes import Codes
 from sae_jax.contract import Inputs
@@ -16,7 +16,6 @@ from sae_jax.rules import parse
 from sae_jax.treatment import Treatment, Undo
 from sae_jax.variables import Forward, Output, Variables
 
-Start = Literal["zeros", "mean", "geometric_median"]
 DType = Literal["float32", "bfloat16", "float64"]
 
 
@@ -46,20 +45,16 @@ class SAE:
     rule: str | BoundRule
     d_out: int | None = None
     treatment: Treatment = "none"
-    b_dec_start: Start = "zeros"
+    b_dec_start: start.Start = "zeros"
     centre: bool | None = None
     encoder_bias: bool | None = None
     dtype: DType = "float32"
 
     def __post_init__(self) -> None:
         faults = [
-            checks.value_fault(field.name, getattr(self, field.name), hint)
-            for field, hint in zip(
-                dataclasses.fields(self),
-                typing.get_type_hints(SAE).values(),
-                strict=True,
-            )
-            if field.name != "rule"
+            checks.value_fault(name, getattr(self, name), hint)
+            for name, hint in typing.get_type_hints(SAE).items()
+            if name != "rule"
         ]
         for name in ("d_in", "n_features", "d_out"):
             if getattr(self, name) == 0:
@@ -140,27 +135,21 @@ class SAE:
         treatment is "scale"; transcoders then need one of their targets as well.
         The encoder of a transcoder whose widths differ has random unit columns.
         """
+        key_matrices, key_rule = jax.random.split(key)
         constants: dict[str, Array] = {}
-        start = jnp.zeros(self.width_out, self.param_dtype)
+        b_dec = jnp.zeros(self.width_out, self.param_dtype)
         if self.b_dec_start != "zeros" or self.treatment == "scale":
             sample, target_sample = self._samples(sample, target_sample)
             if self.treatment == "scale":
                 constants["scale_in"] = treatment.estimate_scale(sample)
                 constants["scale_out"] = treatment.estimate_scale(target_sample)
             treated, _ = self._treat(target_sample, constants.get("scale_out"))
-            if self.b_dec_start == "mean":
-                start = treated.mean(0)
-            if self.b_dec_start == "geometric_median":
-                start = treatment.geometric_median(treated)
-
-        key_dec, key_enc, key_rule = jax.random.split(key, 3)
-        W_dec = _unit_rows(key_dec, (self.n_features, self.width_out), self.param_dtype)
-        W_enc = W_dec.T
-        if self.width_out != self.d_in:
-            shape = (self.n_features, self.d_in)
-            W_enc = _unit_rows(key_enc, shape, self.param_dtype).T
+            b_dec = start.centre(self.b_dec_start, treated)
         b_enc = jnp.zeros(self.n_features, self.param_dtype)
-        params = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": start}
+        W_enc, W_dec = start.matrices(
+            key_matrices, self.d_in, self.n_features, self.width_out, self.param_dtype
+        )
+        params = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
         params, state = self.bound.call(self.bound.rule.init, key_rule, params)
         return Variables(params, state, constants)
 
@@ -289,7 +278,6 @@ class SAE:
         Under treatment "standardise" it takes the rows that the codes came from,
         `like`, to put their mean and spread back.
         """
-        n_rows = codes.strengths(active).shape[0]
         if self.treatment == "standardise" and like is None:
             raise ValueError(
                 "treatment='standardise' needs decode(..., like=x): the rows whose "
@@ -298,21 +286,15 @@ class SAE:
         if like is None:
             like = jnp.zeros((1, self.width_out), self.param_dtype)
         else:
-            checks.rows("like", like, self.width_out, n_rows=n_rows)
+            checks.beside("like", like, self.width_out, codes.strengths(active))
         _, undo = self._treat(like, variables.constants.get("scale_out"))
         weights = self.bound.call(
             self.bound.rule.weights, variables.params, variables.state
         )
-        dtype = jnp.dtype(self.dtype)
-        return undo(codes.decode(active, weights.W_dec, dtype) + weights.b_dec)
+        x_hat = codes.decode(active, weights.W_dec, jnp.dtype(self.dtype))
+        return undo(x_hat + weights.b_dec)
 
     def apply(self, variables: Variables, x: Float[Array, "B D_in"]) -> Output:
         """Reconstruction and codes, as in evaluation; `x_hat` has the type of `x`."""
         out = self.forward(variables, x)
         return Output(out.undo(out.x_hats[-1]).astype(x.dtype), out.codes)
-
-
-def _unit_rows(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
-    """Random rows of norm 1."""
-    rows = jax.random.normal(key, shape, dtype)
-    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)

@@ -52,15 +52,3 @@ def estimate_scale(sample: Float[Array, "B D"]) -> Float[Array, ""]:
     """The constant that brings the mean norm of the sample's rows to sqrt(D)."""
     mean_norm = jnp.linalg.norm(sample, axis=1).mean()
     return jnp.sqrt(sample.shape[1]).astype(sample.dtype) / mean_norm
-
-
-def geometric_median(
-    sample: Float[Array, "B D"], iterations: int = 100
-) -> Float[Array, " D"]:
-    """The point with the least summed distance to the rows (Weiszfeld's iteration)."""
-    point = sample.mean(0)
-    for _ in range(iterations):
-        distance = jnp.linalg.norm(sample - point, axis=1)
-        weight = 1 / jnp.maximum(distance, 1e-8)
-        point = (weight[:, None] * sample).sum(0) / weight.sum()
-    return point

@@ -11,7 +11,7 @@ import pytest
 import sae_jax
 from sae_jax import SAE, Sparse, codes, fold_scale, select, to_dense
 from sae_jax.binding import bind
-from sae_jax.treatment import geometric_median
+from sae_jax.start import geometric_median
 from tests.contract import rows
 
 KEY = jax.random.key(0)
