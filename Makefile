@@ -1,5 +1,7 @@
 # One place for every command: `make install`, `make test`, `make test-slow`.
 # Each does all of its own set-up; nothing outside this folder is touched.
+
+PYTEST = $(BIN)/python -m pytest -n auto
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -31,10 +33,10 @@ lint: install
 	$(BIN)/lint-imports --no-logo
 
 test: lint
-	$(BIN)/python -m pytest -n auto -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-slow: install
-	$(BIN)/python -m pytest -n auto -m slow
+	$(PYTEST) -m slow -rP
 
 DIR ?= tests/golden
 parity: install

@@ -8,7 +8,8 @@ state, metrics = step(state, {"x": activations})
 codes = sae.encode(state.variables, activations)
 """
 
-from sae_jax import select
+from sae_jax import codes, over_batch, quasi_orthogonality, select
+from sae_jax.checks import Signed, require_finite
 from sae_jax.codes import Sparse, to_dense
 from sae_jax.contract import (
     Encoded,
@@ -22,7 +23,7 @@ from sae_jax.contract import (
 from sae_jax.fold import fold_scale
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
-from sae_jax.rules import RULES, load_file, register
+from sae_jax.rules import RULES, load_file, parse, register
 from sae_jax.train.knob import Knob
 from sae_jax.train.optim import adam, learning_rate
 from sae_jax.train.step import TrainState, init_state, make_step
@@ -38,11 +39,13 @@ __all__ = [
     "Output",
     "Penalty",
     "Rule",
+    "Signed",
     "Sparse",
     "TrainState",
     "Variables",
     "Weights",
     "adam",
+    "codes",
     "fold_scale",
     "from_pre",
     "from_selection",
@@ -50,7 +53,11 @@ __all__ = [
     "learning_rate",
     "load_file",
     "make_step",
+    "over_batch",
+    "parse",
+    "quasi_orthogonality",
     "register",
+    "require_finite",
     "select",
     "to_dense",
 ]

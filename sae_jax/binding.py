@@ -27,12 +27,21 @@ class BoundRule:
         return dict(self.values)
 
     @property
+    def top(self) -> float:
+        """The largest value that the knob may take."""
+        return self.hp[self.rule.knob] if self.ceiling is None else self.ceiling
+
+    @property
     def spec(self) -> str:
         """The spec string that `parse` reads back."""
         return registry.format_spec(self.rule.name, self.hp)
 
     def __repr__(self) -> str:
         return self.spec
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies as the spec string: the rule itself holds functions."""
+        return parse, (self.spec, self.ceiling)
 
     def faults(self, n_features: int) -> list[str]:
         """What is wrong with the hyperparameters for an SAE of this width."""
@@ -46,8 +55,7 @@ class BoundRule:
         """
         given = {**self.hp, **also}
         for name, value in self.values:
-            scheduled = name == self.rule.knob and self.ceiling is not None
-            top = self.ceiling if scheduled else value
+            top = self.top if name == self.rule.knob else value
             if isinstance(top, (int, float)):
                 given[f"{name}_max"] = top
         names = {p.name for p in keywords(function)}
@@ -77,7 +85,7 @@ def bind(rule: Rule, arguments: Mapping[str, Any]) -> BoundRule:
     return BoundRule(rule, tuple(values.items()))
 
 
-def parse(spec: str) -> BoundRule:
+def parse(spec: str, ceiling: float | None = None) -> BoundRule:
     """The rule that a spec string names, with its arguments checked."""
     name, arguments = registry.parse_spec(spec)
-    return bind(RULES[name], arguments)
+    return dataclasses.replace(bind(RULES[name], arguments), ceiling=ceiling)

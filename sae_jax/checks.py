@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# A hyperparameter that may be negative: `floor: Signed = Signed(-6.0)`.
+Signed = typing.NewType("Signed", float)
+
 
 def raise_all(faults: Iterable[str]) -> None:
     """Raises one `ValueError` holding every fault, or returns if there is none."""
@@ -35,10 +38,9 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> str:
 def value_fault(name: str, value: Any, annotation: Any) -> str | None:
     """Checks one value against its annotation; of a union, the first type counts.
 
-    Numbers must be finite and not negative: no sparsity rule has a use for a
-    negative budget, coefficient, bandwidth or decay.
+    Numbers must be finite, and not negative unless annotated as `Signed`.
     """
-    if isinstance(annotation, types.UnionType):
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         if value is None and types.NoneType in typing.get_args(annotation):
             return None
         annotation = typing.get_args(annotation)[0]
@@ -50,7 +52,7 @@ def value_fault(name: str, value: Any, annotation: Any) -> str | None:
         return None
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or not value:
-            return f"{name}={value!r} must be a non-empty list such as [8, 16]."
+            return f"{name}={value!r} must be a non-empty list such as [0.5, 1.0]."
         item = typing.get_args(annotation)[0]
         faults = (value_fault(f"{name}[{i}]", v, item) for i, v in enumerate(value))
         return next((fault for fault in faults if fault), None)
@@ -58,13 +60,15 @@ def value_fault(name: str, value: Any, annotation: Any) -> str | None:
         if not isinstance(value, bool):
             return f"{name}={value!r} must be True or False."
         return None
-    if annotation in (int, float):
+    signed = annotation is Signed
+    if annotation in (int, float, Signed):
         whole = annotation is int
         good = (int, np.integer) if whole else (int, float, np.integer, np.floating)
         if isinstance(value, bool) or not isinstance(value, good):
             return f"{name}={value!r} must be {'an integer' if whole else 'a number'}."
-        if not math.isfinite(value) or value < 0:
-            return f"{name}={value!r} must be finite and not negative."
+        if not math.isfinite(value) or (value < 0 and not signed):
+            sign = "" if signed else " and not negative"
+            return f"{name}={value!r} must be finite{sign}."
     return None
 
 
@@ -73,11 +77,18 @@ def is_traced(*arrays: Any) -> bool:
     return any(isinstance(a, jax.core.Tracer) for a in arrays)
 
 
-def rows(name: str, x: Any, width: int, *, n_rows: int | None = None) -> None:
+def rows(
+    name: str,
+    x: Any,
+    width: int,
+    *,
+    n_rows: int | None = None,
+    mask: Any = None,
+) -> None:
     """Checks that `x` is a non-empty batch of finite float rows of one width.
 
-    Values are looked at only outside of jit, where a look is possible; inside,
-    the step reports `finite` among its metrics.
+    Values, those of masked rows apart, are looked at only outside of jit, where a look
+    is possible; inside, the step reports `finite` among its metrics.
     """
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         raise ValueError(
@@ -97,10 +108,14 @@ def rows(name: str, x: Any, width: int, *, n_rows: int | None = None) -> None:
             f"{name} holds {x.dtype}; activations are floats. Token ids go through "
             f"a language model first; other numbers through x.astype('float32')."
         )
-    if is_traced(x):
+    if is_traced(x, mask):
         return
     with jax.ensure_compile_time_eval():
-        bad = int(jnp.count_nonzero(~jnp.isfinite(x).all(axis=1)))
+        array = np if isinstance(x, np.ndarray) else jnp  # NumPy may hold float64
+        wrong = ~array.isfinite(x).all(axis=1)
+        if getattr(mask, "shape", None) == wrong.shape and mask.dtype == bool:
+            wrong = wrong & mask
+        bad = int(wrong.sum())
     if bad:
         raise ValueError(
             f"{name} has NaN or infinite values in {bad} of {x.shape[0]} rows. "
@@ -108,22 +123,42 @@ def rows(name: str, x: Any, width: int, *, n_rows: int | None = None) -> None:
         )
 
 
-def beside(name: str, other: Any, width: int, x: Any) -> None:
+def beside(name: str, other: Any, width: int, x: Any, *, mask: Any = None) -> None:
     """Checks what comes beside `x`, if it is there: rows of its own width, as many."""
     if other is not None:
-        rows(name, other, width, n_rows=x.shape[0])
+        rows(name, other, width, n_rows=x.shape[0], mask=mask)
 
 
 def mask(given: Any, x: Any) -> None:
     """Checks a mask over the rows of `x`, if there is one."""
-    if given is not None and (given.shape != x.shape[:1] or given.dtype != bool):
+    if given is None:
+        return
+    needed = f"needed is bool[{len(x)}], true for the rows that count."
+    if not hasattr(given, "dtype"):
+        raise ValueError(f"mask is a {type(given).__name__}; {needed}")
+    if given.shape != x.shape[:1] or given.dtype != bool:
+        raise ValueError(f"mask is {given.dtype}{list(given.shape)}; {needed}")
+
+
+def shape(name: str, array: Any, needed: tuple[int, ...]) -> None:
+    """Checks that an array of the SAE's has the shape that its description says."""
+    if array.shape != needed:
         raise ValueError(
-            f"mask is {given.dtype}{list(given.shape)}; needed is "
-            f"bool[{x.shape[0]}], true for the rows that count."
+            f"{name} has shape {tuple(array.shape)}, this SAE needs {needed}; give the "
+            f"variables that belong to it."
         )
 
 
-def finite(metrics: Mapping[str, Any]) -> None:
+def scale(constants: Mapping[str, Any]) -> None:
+    """Checks that a sample gave a scale: rows of zeros give none."""
+    if (
+        not is_traced(*constants.values())
+        and not np.isfinite([*constants.values()]).all()
+    ):
+        raise ValueError("The sample's rows are all zero; they tell no scale.")
+
+
+def require_finite(metrics: Mapping[str, Any]) -> None:
     """Raises if the metrics of a step say that loss or gradients were not finite."""
     if not bool(metrics["finite"]):
         loss, step = float(metrics["loss"]), int(metrics["step"])

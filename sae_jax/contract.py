@@ -120,6 +120,20 @@ def plain_reconstructions(
     return Reconstructions([x_hat], [1.0])
 
 
+def plain_fold(params: Params, scale_in: Array, scale_out: Array) -> Params:
+    """Moves the constants of the "scale" treatment into the four parameters.
+
+    `pre` stays as it is, and so do the codes of a rule that reads nothing else of x,
+    or reads norms of x only against one another.
+    """
+    return {
+        **params,
+        "W_enc": params["W_enc"] * scale_in,
+        "W_dec": params["W_dec"] / scale_out,
+        "b_dec": params["b_dec"] / scale_out,
+    }
+
+
 def no_faults(n_features: int) -> Iterable[str]:
     """Any finite, non-negative hyperparameters will do."""
     return ()
@@ -143,6 +157,8 @@ class Rule:
       weights: the four arrays from parameters and state; tied dictionaries and
         adapted biases override it.
       reconstructions: the reconstructions that are scored; nested ones override it.
+      fold: the same codes without the "scale" treatment, by other parameters; None
+        where there are none such (a tied dictionary must keep its norm).
       faults: sentences on what is wrong with these hyperparameters at this width.
       budget: the hyperparameter that bounds the mean number of active features.
       needs: what it cannot do without: "key" (random numbers in training), "grad_x"
@@ -165,6 +181,7 @@ class Rule:
     init: Callable[..., tuple[Params, State]] = plain_init
     weights: Callable[..., Weights] = plain_weights
     reconstructions: Callable[..., Reconstructions] = plain_reconstructions
+    fold: Callable[[Params, Array, Array], Params] | None = plain_fold
     faults: Callable[..., Iterable[str]] = no_faults
     budget: str | None = None
     needs: frozenset[Need] = frozenset()
@@ -230,17 +247,18 @@ def from_pre(function: Callable[..., Codes]) -> Callable[..., Encoded]:
 
 
 def from_selection(
-    function: Callable[..., select.Selection],
+    function: Callable[..., select.Selection], *, signed: bool = False
 ) -> Callable[..., Encoded]:
     """Lifts `function(inputs, *, hyperparameters) -> selection` into `encode`.
 
-    Codes are `relu(pre)` on the selected features.
+    Codes are `relu(pre)` on the selected features, or `pre` itself where `signed`.
     """
 
     @wraps(function)
     def encode(inputs, params, state, **hp):
         chosen = function(inputs, **hp)
-        return Encoded(select.keep(inputs.encoder, chosen), state, {})
+        active = select.keep(inputs.encoder, chosen, signed=signed)
+        return Encoded(active, state, {})
 
     return encode
 

@@ -77,7 +77,11 @@ class AuxK:
                 )
             )
         )
-        checks.raise_all(["AuxK k=0 selects nothing; pass aux=None."] * (self.k == 0))
+        if self.k == 0 or self.dead_after == 0:
+            raise ValueError(
+                f"AuxK k={self.k}, dead_after={self.dead_after} must both be above 0; "
+                f"to do without the loss pass aux=None."
+            )
 
 
 def aux_k(

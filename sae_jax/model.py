@@ -1,126 +1,28 @@
-"""The sparse autoencoder: a description, and pure functions of its variables."""
+"""The sparse autoencoder: pure functions of its variables."""
 
 import dataclasses
-import typing
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sae_jax import checks, codes, start, treatment
-from sae_jax.binding import BoundRule
+from sae_jax.architecture import Architecture
 from sae_jax.codes import Codes
-from sae_jax.contract import Inputs
-from sae_jax.rules import parse
-from sae_jax.treatment import Treatment, Undo
+from sae_jax.contract import Inputs, Weights
+from sae_jax.treatment import Undo
 from sae_jax.variables import Forward, Output, Variables
 
-DType = Literal["float32", "bfloat16", "float64"]
 
-
-@dataclasses.dataclass(frozen=True)
-class SAE:
-    """A sparse autoencoder, or a transcoder, as a description without arrays.
+@dataclasses.dataclass(frozen=True, repr=False)
+class SAE(Architecture):
+    """A sparse autoencoder, or a transcoder: a description, and what can be done by it.
 
     `pre = (x - b_dec) @ W_enc + b_enc`, `codes = rule(pre, ...)`,
-    `x_hat = codes @ W_dec + b_dec`, all in the treated space.
-
-    Attributes:
-      d_in: width of the activations.
-      n_features: size F of the dictionary.
-      rule: the sparsity rule, such as `"topk(k=32)"`.
-      d_out: width of the target; given for transcoders only, which never centre.
-      treatment: what is done to rows first: "none", "standardise" or "scale".
-      b_dec_start: where b_dec starts: "zeros", or "mean" or "geometric_median" of a
-        sample.
-      centre: whether the encoder sees `x - b_dec`; None: as the rule does.
-      encoder_bias: whether b_enc is added; None: as the rule does.
-      dtype: type of the operands of matrix products. Parameters, sums and optimiser
-        stay float32 under "bfloat16".
+    `x_hat = codes @ W_dec + b_dec`, all in the treated space. It holds no arrays: those
+    are `Variables`, which `init` makes. Its fields are those of `Architecture`.
     """
-
-    d_in: int
-    n_features: int
-    rule: str | BoundRule
-    d_out: int | None = None
-    treatment: Treatment = "none"
-    b_dec_start: start.Start = "zeros"
-    centre: bool | None = None
-    encoder_bias: bool | None = None
-    dtype: DType = "float32"
-
-    def __post_init__(self) -> None:
-        faults = [
-            checks.value_fault(name, getattr(self, name), hint)
-            for name, hint in typing.get_type_hints(SAE).items()
-            if name != "rule"
-        ]
-        for name in ("d_in", "n_features", "d_out"):
-            if getattr(self, name) == 0:
-                faults.append(f"{name}=0; an SAE needs at least one.")
-        if isinstance(self.rule, str):
-            try:
-                object.__setattr__(self, "rule", parse(self.rule))
-            except ValueError as error:
-                checks.raise_all([*filter(None, faults), str(error)])
-        checks.raise_all(filter(None, faults))  # the sizes, before they are used
-        checks.raise_all([*self.bound.faults(self.n_features), *self._mismatches()])
-
-    def _mismatches(self) -> list[str]:
-        """Options that are good alone and do not go together."""
-        faults = []
-        rule = self.bound.rule
-        if self.is_transcoder and "autoencoder" in rule.needs:
-            faults.append(
-                f"{rule.name} reads the vector that it reconstructs, which a "
-                f"transcoder (d_out={self.d_out}) does not see; leave d_out out, or "
-                f"take a rule without this need."
-            )
-        if self.is_transcoder and self.treatment == "standardise":
-            faults.append(
-                "treatment='standardise' puts the row's own mean and spread back, "
-                "which a transcoder does not know for its target; use 'scale'."
-            )
-        if self.is_transcoder and self.centre:
-            faults.append(
-                "centre=True subtracts b_dec, which lives in a transcoder's output "
-                "space, from its input; leave centre out."
-            )
-        if self.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-            faults.append(
-                "dtype='float64' needs jax.config.update('jax_enable_x64', True) first."
-            )
-        return faults
-
-    @property
-    def bound(self) -> BoundRule:
-        """The rule with its hyperparameters."""
-        assert isinstance(self.rule, BoundRule)  # __post_init__ parsed it
-        return self.rule
-
-    @property
-    def is_transcoder(self) -> bool:
-        """Whether the target is something other than the input."""
-        return self.d_out is not None
-
-    @property
-    def width_out(self) -> int:
-        """Width of the reconstruction."""
-        return self.d_in if self.d_out is None else self.d_out
-
-    @property
-    def param_dtype(self) -> Any:
-        """Type of parameters and sums."""
-        return jnp.promote_types(jnp.float32, self.dtype)
-
-    def __repr__(self) -> str:
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in dataclasses.fields(self)
-            if field.name != "rule" and getattr(self, field.name) != field.default
-        ]
-        return f"SAE({', '.join([*shown, f'rule={self.bound.spec!r}'])})"
 
     def init(
         self,
@@ -143,6 +45,7 @@ class SAE:
             if self.treatment == "scale":
                 constants["scale_in"] = treatment.estimate_scale(sample)
                 constants["scale_out"] = treatment.estimate_scale(target_sample)
+                checks.scale(constants)
             treated, _ = self._treat(target_sample, constants.get("scale_out"))
             b_dec = start.centre(self.b_dec_start, treated)
         b_enc = jnp.zeros(self.n_features, self.param_dtype)
@@ -193,14 +96,12 @@ class SAE:
         `knob` replaces the value of the rule's knob and may be traced.
         """
         rule = self.bound.rule
-        checks.rows("x", x, self.d_in)
-        if target is not None and not self.is_transcoder:
-            raise ValueError("An autoencoder takes no target; transcoders set d_out.")
-        checks.beside("target", target, self.width_out, x)
-        checks.beside("grad_x", grad_x, self.d_in, x)
-        checks.mask(mask, x)
+        x, target, grad_x = self._checked(x, target, grad_x, mask)
         if train:
             self._check_training(target, grad_x, key)
+        if knob is not None and not checks.is_traced(knob) and knob > self.bound.top:
+            raise ValueError(f"knob={knob} is above {self.bound.top}; see SAE.up_to.")
+        turned = {} if knob is None else {rule.knob: knob}
         treated, undo = self._treat(x, variables.constants.get("scale_in"))
         aim, undo_aim = treated, undo
         if self.is_transcoder and target is not None:
@@ -211,7 +112,7 @@ class SAE:
         if grad_x is not None:  # d loss / d treated = (d loss / d x) (d x / d treated)
             grad_x = grad_x.astype(self.param_dtype) * undo.factor
 
-        weights = self.bound.call(rule.weights, variables.params, variables.state)
+        weights = self._weights(variables, **turned)
         centre = rule.centres if self.centre is None else self.centre
         centre = centre and not self.is_transcoder
         bias = rule.reads_b_enc if self.encoder_bias is None else self.encoder_bias
@@ -221,7 +122,6 @@ class SAE:
         encoder = codes.encoder_product(treated, weights.W_enc, b_enc, b_pre, dtype)
         inputs = Inputs(treated, encoder, weights, aim, grad_x, mask, key, step)
 
-        turned = {} if knob is None else {rule.knob: knob}
         encoded = self.bound.call(
             rule.encode,
             inputs,
@@ -239,9 +139,32 @@ class SAE:
             penalties=encoded.penalties,
             encoder=encoder,
             weights=weights,
-            target=aim,
+            target=None if self.is_transcoder and target is None else aim,
             undo=undo_aim,
         )
+
+    def _checked(self, x, target, grad_x, mask) -> Any:
+        """Checks the arrays of a batch; rows that do not count become zeros."""
+        if target is not None and not self.is_transcoder:
+            raise ValueError("An autoencoder takes no target; transcoders set d_out.")
+        checks.rows("x", x, self.d_in, mask=mask)
+        checks.mask(mask, x)
+        checks.beside("target", target, self.width_out, x, mask=mask)
+        checks.beside("grad_x", grad_x, self.d_in, x, mask=mask)
+        if mask is None:
+            return x, target, grad_x
+        return tuple(
+            None if rows is None else jnp.where(mask[:, None], rows, 0)
+            for rows in (x, target, grad_x)
+        )
+
+    def _weights(self, variables: Variables, **turned: Any) -> Weights:
+        weights = self.bound.call(
+            self.bound.rule.weights, variables.params, variables.state, **turned
+        )
+        checks.shape("W_enc", weights.W_enc, (self.d_in, self.n_features))
+        checks.shape("W_dec", weights.W_dec, (self.n_features, self.width_out))
+        return weights
 
     def _check_training(self, target, grad_x, key) -> None:
         """Checks that training has what it needs."""
@@ -288,13 +211,17 @@ class SAE:
         else:
             checks.beside("like", like, self.width_out, codes.strengths(active))
         _, undo = self._treat(like, variables.constants.get("scale_out"))
-        weights = self.bound.call(
-            self.bound.rule.weights, variables.params, variables.state
-        )
+        weights = self._weights(variables)
         x_hat = codes.decode(active, weights.W_dec, jnp.dtype(self.dtype))
         return undo(x_hat + weights.b_dec)
 
-    def apply(self, variables: Variables, x: Float[Array, "B D_in"]) -> Output:
+    def apply(
+        self,
+        variables: Variables,
+        x: Float[Array, "B D_in"],
+        *,
+        grad_x: Float[Array, "B D_in"] | None = None,
+    ) -> Output:
         """Reconstruction and codes, as in evaluation; `x_hat` has the type of `x`."""
-        out = self.forward(variables, x)
+        out = self.forward(variables, x, grad_x=grad_x)
         return Output(out.undo(out.x_hats[-1]).astype(x.dtype), out.codes)

@@ -5,6 +5,8 @@ threshold, the smallest value that the batch selection tends to keep, stands in 
 so that a row's codes do not depend on its neighbours.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -12,9 +14,17 @@ from jaxtyping import Array
 from sae_jax import codes, select
 from sae_jax.contract import Encoded, Inputs, Params, State
 
-# k * B is a whole number of features for most k that people write, such as 2.1 at
-# B = 100; in float32 it may come out one rounding below.
-_UP = 1 + 1e-6
+
+def _whole(budget: Array | float) -> Any:
+    """Moves a budget up by a rounding error.
+
+    k * B is a whole number for most k that people write, such as 2.1 at B = 100; in
+    floating point it may come out just below.
+    """
+    slack = 1e-6 * budget
+    if isinstance(budget, Array):
+        return budget + jnp.minimum(slack, 0.01)
+    return budget + min(slack, 0.01)
 
 
 def encode(
@@ -29,7 +39,8 @@ def encode(
 ) -> Encoded:
     """The k * B largest values of the batch, or those above the running threshold.
 
-    The budget is rounded down where k is fractional. Masked rows take no share of it.
+    The budget is rounded down where k is fractional, to one feature at least. Masked
+    rows take no share of it.
     """
     if not train:
         return Encoded(threshold_codes(inputs, state), state, {})
@@ -38,8 +49,8 @@ def encode(
     if inputs.mask is not None:
         scores = jnp.where(inputs.mask[:, None], scores, 0)
         n_valid = inputs.mask.sum()
-    count = jnp.floor(k * n_valid * _UP)
-    count_max = int(k_max * scores.shape[0] * _UP)
+    count = jnp.maximum(jnp.floor(_whole(k * n_valid)), 1)
+    count_max = max(int(_whole(k_max * scores.shape[0])), 1)
     chosen = select.batch(scores, count, count_max=count_max) & (scores > 0)
     active = select.keep(inputs.encoder, chosen)
     return Encoded(active, threshold_update(state, active, threshold_decay), {})

@@ -1,7 +1,7 @@
 """Tables of named things, and the spec strings that pick from them.
 
 A spec string is a name, alone or with literal keyword arguments:
-`"topk"`, `"topk(k=32)"`, `"matryoshka(k=8.0, prefixes=[64, 256])"`. It is parsed
+`"topk"`, `"topk(k=32)"`, `"matryoshka(k=8.0, prefixes=[0.5, 1.0])"`. It is parsed
 as Python syntax but never evaluated: only literals pass.
 """
 
@@ -60,9 +60,11 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"Arguments in {text!r} need names: {form}.")
     arguments: dict[str, Any] = {}
     for keyword in tree.keywords:
+        if keyword.arg in arguments:
+            raise ValueError(f"{keyword.arg} stands twice in {text!r}.")
         try:
             arguments[str(keyword.arg)] = ast.literal_eval(keyword.value)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{keyword.arg}={ast.unparse(keyword.value)} in {text!r} is not a "
                 f"literal; write the value itself, such as 0.03125 for 1/32."

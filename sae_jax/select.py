@@ -36,10 +36,16 @@ Selection: TypeAlias = Bool[Array, "B F"] | Rows
 Cut: TypeAlias = Literal["nearest", "exceed"]
 
 
-def keep(encoder: codes.Encoder, chosen: Selection) -> codes.Codes:
-    """Codes `relu(pre)` on the chosen features, sparse where the choice is sparse."""
+def keep(
+    encoder: codes.Encoder, chosen: Selection, *, signed: bool = False
+) -> codes.Codes:
+    """Codes `relu(pre)`, or `pre` where `signed`, on the chosen features.
+
+    They are sparse where the choice is sparse.
+    """
+    value = (lambda pre: pre) if signed else jax.nn.relu
     if not isinstance(chosen, Rows):
-        return jnp.where(chosen, jax.nn.relu(encoder.pre), 0)
+        return jnp.where(chosen, value(encoder.pre), 0)
     picked = codes.preactivations_at(
         encoder.x,
         encoder.W_enc,
@@ -49,7 +55,7 @@ def keep(encoder: codes.Encoder, chosen: Selection) -> codes.Codes:
         chosen.indices,
         encoder.dtype,
     )
-    values = jnp.where(chosen.keep, jax.nn.relu(picked), 0)
+    values = jnp.where(chosen.keep, value(picked), 0)
     return codes.Sparse(values, chosen.indices, encoder.pre.shape[1])
 
 
@@ -82,6 +88,18 @@ def batch(
     _, indices = _fast_top_k(flat, count_max)
     mask = jnp.zeros(flat.shape, bool).at[indices].set(jnp.arange(count_max) < count)
     return mask.reshape(scores.shape)
+
+
+def columns(
+    scores: Float[Array, "B F"], counts: Array | float, *, count_max: int
+) -> Bool[Array, "B F"]:
+    """The `counts` largest scores of each column; one count for all, or `[F]`."""
+    n_rows, n_features = scores.shape
+    _, indices = _fast_top_k(scores.T, min(count_max, n_rows))
+    keep = jnp.arange(indices.shape[1]) < jnp.reshape(jnp.asarray(counts), (-1, 1))
+    keep = jnp.broadcast_to(keep, indices.shape)
+    mask = jnp.zeros((n_features, n_rows), bool)
+    return mask.at[jnp.arange(n_features)[:, None], indices].set(keep).T
 
 
 def norm_cut(

@@ -30,7 +30,9 @@ def standardise(x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], Undo]:
     Undone by `rows * std + mean`, without the 1e-5, as in the Top-AFA authors' code.
     """
     mean = x.mean(1, keepdims=True)
-    std = x.std(1, keepdims=True, ddof=1)
+    variance = x.var(1, keepdims=True, ddof=1)
+    flat = variance == 0  # where the root has no gradient
+    std = jnp.where(flat, 0, jnp.sqrt(jnp.where(flat, 1, variance)))
     return (x - mean) / (std + 1e-5), Undo(std, mean)
 
 

@@ -42,5 +42,5 @@ class Forward(NamedTuple):
     penalties: dict[str, Penalty]
     encoder: codes.Encoder
     weights: Weights
-    target: Float[Array, "B D_out"]
+    target: Float[Array, "B D_out"] | None
     undo: Undo

@@ -302,7 +302,7 @@ def features_have_no_order(bound):
 
 def constant_scale_folds_into_weights(bound):
     sae, variables = build(bound, treatment="scale")
-    if "W_enc" not in variables.params:
+    if bound.rule.fold is None:
         return
     plain, folded = fold_scale(sae, variables)
     before, after = sae.apply(variables, rows()), plain.apply(folded, rows())

@@ -27,8 +27,6 @@ FIRST_STEP, TRAJECTORY, FIRST_STEP_FLOAT32 = 1e-9, 1e-7, 1e-5
 # differ. Everywhere: decoder rows are normalised before the optimiser's step, and the
 # residual of AuxK is not detached.
 PLAIN = {"encoder_bias": False}
-# Their `.float()` rounds these terms in a float64 run; the AFA term has none.
-LOSS_DTYPES = dict.fromkeys(("mse", "aux", "l1", "l0"), "float32")
 RULES = {
     "vanilla": ("relu(coef={l1_coeff})", {}),
     "topk": ("topk(k={top_k})", PLAIN),
@@ -116,6 +114,12 @@ def build(config: dict, arrays: dict, dtype: str):
     return sae, Variables(params, state, {}), aux if has_aux(config) else None
 
 
+def loss_dtypes(config: dict) -> dict[str, str]:
+    """Their `.float()` rounds these terms in a float64 run; the AFA term has none."""
+    terms = {"mse", "aux", L1_TERM.get(config["rule"])}
+    return {name: "float32" for name in terms if name}
+
+
 def has_aux(config: dict) -> bool:
     return config["rule"] in HAS_AUX
 
@@ -155,10 +159,11 @@ def first_step(config: dict, arrays: dict, dtype: str, tolerance: float) -> list
     sae, variables, aux = build(config, arrays, dtype)
     x = jnp.asarray(arrays["x"][0], dtype)
     idle = jnp.zeros(sae.n_features, jnp.int32)
+    dtypes = loss_dtypes(config)
 
     def loss(params):
         out = sae.forward(variables._replace(params=params), x, train=True)
-        return sum(loss_terms(out, None, idle, aux, dtypes=LOSS_DTYPES).values()), out
+        return sum(loss_terms(out, None, idle, aux, dtypes=dtypes).values()), out
 
     grads, out = jax.grad(loss, has_aux=True)(variables.params)
     found = {
@@ -189,7 +194,7 @@ def trajectory(config: dict, arrays: dict) -> list[Row]:
     )
     state = init_state(sae, optimiser, jax.random.key(0), variables=variables)
     step = make_step(
-        sae, optimiser, aux=aux, decoder_norm="before", loss_dtypes=LOSS_DTYPES
+        sae, optimiser, aux=aux, decoder_norm="before", loss_dtypes=loss_dtypes(config)
     )
     found: dict[str, list[float]] = {}
     for x in arrays["x"]:

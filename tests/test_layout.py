@@ -64,12 +64,19 @@ print(sorted(heavy & set(sys.modules)))
     assert done.stderr == ""
 
 
-def test_user_rules_load_once_and_say_what_is_wrong(tmp_path):
+def test_user_rules_load_once_and_say_what_is_wrong(tmp_path, capsys):
     before = len(sae_jax.RULES)
     sae_jax.load_file(Path(__file__).parent / "user_rules.py")
     assert len(sae_jax.RULES) == before
     with pytest.raises(ValueError, match="There is no file"):
         sae_jax.load_file(tmp_path / "absent.py")
+    for folder in ("p", "q"):  # two files of one name are two files
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(
+            f"loaded_{folder} = print('{folder}')"
+        )
+        sae_jax.load_file(tmp_path / folder / "mine.py")
+    assert capsys.readouterr().out == "p\nq\n"
     again = tmp_path / "again.py"
     again.write_text(
         "from sae_jax import Rule, from_pre, register\n"

@@ -1,7 +1,9 @@
 """The SAE itself: starts, treatments, transcoders, codes in both forms, messages."""
 
+import copy
 import dataclasses
 import pickle
+import pkgutil
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +142,7 @@ def test_bfloat16_rounds_operands_only():
     assert all(p.dtype == jnp.float32 for p in variables.params.values())
 
 
-def test_description_is_hashable_readable_and_picklable_as_text():
+def test_description_is_hashable_readable_and_picklable():
     sae = SAE(16, 64, rule="topk(k=5)", treatment="scale")
     assert repr(sae) == (
         "SAE(d_in=16, n_features=64, treatment='scale', rule='topk(k=5)')"
@@ -148,7 +150,8 @@ def test_description_is_hashable_readable_and_picklable_as_text():
     assert eval(repr(sae), {"SAE": SAE}) == sae
     assert hash(sae) == hash(SAE(16, 64, rule="topk(k=5)", treatment="scale"))
     assert sae != SAE(16, 64, rule="topk(k=6)", treatment="scale")
-    assert pickle.loads(pickle.dumps(repr(sae))) == repr(sae)
+    for other in (sae, sae.up_to(9)):
+        assert pickle.loads(pickle.dumps(other)) == other == copy.deepcopy(other)
 
 
 BAD_SAES = {
@@ -173,6 +176,10 @@ BAD_SAES = {
     ),
     "centre=True subtracts b_dec": dict(rule="topk(k=2)", d_out=12, centre=True),
     "jax_enable_x64": dict(dtype="float64"),
+    "k stands twice": dict(rule="topk(k=3, k=4)"),
+    "is not a literal; write the value": dict(rule="topk(k={[1]: 2})"),
+    "rule=None must be a spec string": dict(rule=None),
+    "needs rows wider than 1": dict(d_in=1, treatment="standardise"),
     "bandwidth=0 gives thresholds no gradient": dict(rule="jump_relu(bandwidth=0)"),
 }
 
@@ -220,6 +227,7 @@ def refuses(message, rule="topk(k=5)", options=None, **inputs):
 @pytest.mark.usefixtures("as_users")
 def test_bad_company_is_refused_with_the_remedy():
     refuses("mask is float32", mask=jnp.ones(24))
+    refuses(r"mask is a list; needed is bool\[24\]", mask=[True] * 24)
     refuses(r"needed is bool\[24\]", mask=jnp.ones(5, bool))
     refuses("takes no target", target=rows())
     refuses("trains on a target", options={"d_out": 12}, train=True)
@@ -231,6 +239,8 @@ def test_bad_company_is_refused_with_the_remedy():
 def test_data_dependent_starts_ask_for_data():
     with pytest.raises(ValueError, match=r"estimated from data: pass init\(key"):
         SAE(16, 64, rule="relu", treatment="scale").init(KEY)
+    with pytest.raises(ValueError, match="they tell no scale"):
+        SAE(16, 64, rule="relu", treatment="scale").init(KEY, sample=0 * rows())
     with pytest.raises(ValueError, match="sample and target_sample"):
         SAE(16, 64, rule="relu", d_out=12, b_dec_start="mean").init(KEY, sample=rows())
 
@@ -242,6 +252,71 @@ def test_standardise_decodes_only_with_the_rows_it_came_from():
         sae.decode(variables, sae.encode(variables, rows()))
 
 
+def test_variables_of_another_sae_are_refused():
+    small, large = SAE(16, 32, rule="topk(k=2)"), SAE(16, 64, rule="topk(k=2)")
+    with pytest.raises(ValueError, match=r"W_enc has shape \(16, 32\), this SAE needs"):
+        large.encode(small.init(KEY), rows())
+
+
+def test_a_knob_above_its_ceiling_is_refused():
+    sae = SAE(16, 64, rule="topk(k=4)")
+    variables = sae.init(KEY)
+    l0 = [sae.forward(variables, rows(), knob=k).codes for k in (2, 4)]
+    assert [int((c != 0).sum(1).max()) for c in map(to_dense, l0)] == [2, 4]
+    with pytest.raises(ValueError, match=r"knob=8 is above 4; see SAE\.up_to"):
+        sae.forward(variables, rows(), knob=8)
+    more = sae.up_to(8).forward(variables, rows(), knob=8).codes
+    assert (to_dense(more) != 0).sum(1).max() == 8
+
+
+def test_a_knob_reaches_every_function_of_its_rule():
+    """A rule whose weights depend on the knob."""
+
+    def weights(params, state, *, level: float | jax.Array = 0.5):
+        plain = sae_jax.Weights(*(params[n] for n in sae_jax.Weights._fields))
+        return plain._replace(b_enc=plain.b_enc - level)
+
+    rule = sae_jax.Rule(
+        name="levelled",
+        paper="none",
+        decides="a level",
+        encode=sae_jax.from_pre(jax.nn.relu),
+        weights=weights,
+        example={},
+        knob="level",
+    )
+    sae = SAE(16, 64, rule=rule)
+    variables = sae.init(KEY)
+    sizes = [
+        to_dense(sae.up_to(9).forward(variables, rows(), knob=level).codes).sum()
+        for level in (0.5, 3.0)
+    ]
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_gates_do_without_their_bias_when_told_to():
+    sae = SAE(16, 64, rule="gated", encoder_bias=False)
+    variables = sae.init(KEY)
+    shifted = {**variables.params, "b_enc": jnp.full(64, -5.0)}
+    before = sae.apply(variables, rows())
+    after = sae.apply(variables._replace(params=shifted), rows())
+    np.testing.assert_array_equal(before.codes, after.codes)
+
+
+def test_evaluating_a_transcoder_leaves_the_target_open():
+    sae = SAE(16, 64, rule="gated", d_out=12)
+    assert sae.forward(sae.init(KEY), rows()).target is None
+
+
+def test_flat_rows_have_gradients_under_standardise():
+    sae = SAE(16, 64, rule="relu", treatment="standardise")
+    variables = sae.init(KEY)
+    x = rows().at[3].set(0.0)
+    grad = jax.grad(lambda x: jnp.square(sae.apply(variables, x).x_hat).sum())(x)
+    assert jnp.isfinite(grad).all()
+    assert (grad[0] != 0).any()
+
+
 def test_only_constants_fold():
     sae = SAE(16, 64, rule="relu")
     with pytest.raises(ValueError, match="no constant to fold"):
@@ -249,10 +324,10 @@ def test_only_constants_fold():
 
 
 def test_public_names_are_the_documented_ones():
+    # Submodules apart, which Python adds to a package when they are imported.
     public = {name for name in vars(sae_jax) if not name.startswith("_")}
-    modules = {
-        name for name in public if type(vars(sae_jax)[name]).__name__ == "module"
-    }
+    modules = {module.name for module in pkgutil.iter_modules(sae_jax.__path__)}
     assert public - modules == set(sae_jax.__all__) - modules
+    assert set(sae_jax.__all__) <= public
     for name in sae_jax.__all__:
         assert getattr(sae_jax, name).__doc__, name

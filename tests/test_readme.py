@@ -1,8 +1,10 @@
 """What the README says is run."""
 
+import functools
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -20,24 +22,36 @@ def test_the_table_of_rules_is_the_registry():
     assert shown.splitlines() == [row for row in current if "near_max" not in row]
 
 
-def test_the_examples_run_and_do_what_they_say(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@functools.cache
+def examples():
+    """The names that the README's examples leave behind, run in their order."""
     names: dict = {}
-    for block in blocks:
+    for block in BLOCKS:
         exec(block, names)
+    return names
+
+
+def test_the_examples_run_and_do_what_they_say(capsys):
+    assert len(BLOCKS) == 2
+    names = examples()
     assert "'nmse'" in capsys.readouterr().out
     assert names["metrics"]["nmse"] < 0.2
     assert names["x_hat"].shape == (4096, 64)
-    active = names["mine"].encode(
-        names["mine"].init(names["jax"].random.key(0)), names["activations"]
-    )
+    mine, x = names["mine"], names["activations"]
+    active = mine.encode(mine.init(jax.random.key(0)), x)
     assert (active.max(1) > 0).mean() > 0.98
     kept = jnp.where(active > 0, active, jnp.inf).min(1)
     assert (kept >= 0.4 * active.max(1)).all()
+
+
+@pytest.mark.parametrize("check", contract.CHECKS, ids=lambda c: c.__name__)
+def test_the_example_rule_passes_what_every_rule_passes(check):
+    examples()
     rule = sae_jax.RULES["near_max"]
-    for check in contract.CHECKS:
-        check(bind(rule, rule.example))
+    check(bind(rule, rule.example))
 
 
 @pytest.mark.parametrize("target", ["install", "test", "test-slow", "parity", "lock"])

@@ -11,7 +11,17 @@ import optax
 import pytest
 
 import sae_jax
-from sae_jax import SAE, AuxK, Knob, adam, checks, init_state, learning_rate, make_step
+from sae_jax import (
+    SAE,
+    AuxK,
+    Knob,
+    adam,
+    init_state,
+    learning_rate,
+    make_step,
+    require_finite,
+    to_dense,
+)
 from sae_jax.train.optim import project, unit_rows
 from tests.contract import rows
 
@@ -140,6 +150,20 @@ def test_control_steers_towards_the_target_l0(rule, rate):
     assert l0[0] > 15
     assert abs(np.mean(l0[-50:]) - 8) < 1.5, np.mean(l0[-50:])
     assert take._cache_size() == 1
+    # The SAE that comes out of training is as sparse as training had become.
+    settled = knob.reached(sae, state.step, state.control)
+    evaluated = to_dense(settled.encode(state.variables, rows(0, 64)))
+    assert abs((evaluated != 0).sum(1).mean() - 8) < 1.5
+    if sae.bound.rule.budget:
+        before = to_dense(sae.encode(state.variables, rows(0, 64)))
+        assert (before != 0).sum(1).mean() > 15, "its spec still says k=20"
+
+
+def test_control_does_not_wind_up_past_what_can_be_reached():
+    sae = SAE(16, 64, rule="topk(k=32)")
+    state, history = run(sae, 60, knob=Knob(target_l0=60.0, rate=0.1))
+    assert history[-1]["knob"] == 64
+    assert state.control <= 2
 
 
 def test_knobs_that_cannot_move_are_refused():
@@ -149,6 +173,68 @@ def test_knobs_that_cannot_move_are_refused():
         make_step(SAE(16, 64, rule="toy_noisy"), adam(1e-3), knob=Knob(2.0, 5))
     with pytest.raises(ValueError, match="needs steps"):
         Knob(start=2.0)
+    with pytest.raises(ValueError, match="asks for empty codes"):
+        Knob(target_l0=0.0)
+
+
+@pytest.mark.parametrize(("k", "n"), [(2.1, 100), (0.3, 10), (3.2, 256), (0.01, 32)])
+def test_a_fractional_budget_is_the_same_traced_or_not(k, n):
+    sae = SAE(16, 64, rule=f"batch_topk(k={k})")
+    variables = sae.init(KEY)
+    counts = [
+        int((sae.forward(variables, rows(0, n), train=True, **knob).codes > 0).sum())
+        for knob in ({}, {"knob": jnp.float32(k)})
+    ]
+    assert counts == [max(1, int(k * n + 1e-9))] * 2
+
+
+def test_masked_rows_may_hold_anything():
+    sae, optimiser = SAE(16, 64, rule="topk(k=4)"), adam(1e-3)
+    take = make_step(sae, optimiser)
+    mask = jnp.arange(24) != 5
+    results = []
+    for value in (0.0, jnp.nan, jnp.inf):
+        x = rows().at[5].set(value)
+        state, metrics = take(init_state(sae, optimiser, KEY), {"x": x, "mask": mask})
+        require_finite(metrics)
+        results.append(state.variables.params)
+        assert jnp.isfinite(sae.forward(state.variables, x, mask=mask).x_hats[-1]).all()
+    jax.tree.map(np.testing.assert_array_equal, results[0], results[1])
+    jax.tree.map(np.testing.assert_array_equal, results[0], results[2])
+
+
+def test_a_batch_without_valid_rows_counts_for_nothing():
+    sae, optimiser = SAE(16, 64, rule="topk(k=4)"), adam(1e-3)
+    batch = {"x": rows(), "mask": jnp.zeros(24, bool)}
+    state, metrics = make_step(sae, optimiser)(init_state(sae, optimiser, KEY), batch)
+    assert metrics["loss"] == 0
+    assert not state.steps_idle.any()
+
+
+def test_any_optimiser_of_optax_will_do():
+    """Some share buffers between their memory and the parameters."""
+    sae, optimiser = SAE(16, 64, rule="relu"), optax.contrib.prodigy()
+    state, take = init_state(sae, optimiser, KEY), make_step(sae, optimiser)
+    for i in range(2):
+        state, metrics = take(state, {"x": rows(i)})
+    assert metrics["finite"]
+
+
+def test_an_ensemble_of_steps_equals_its_members():
+    sae, optimiser = SAE(16, 64, rule="topk(k=4)"), adam(1e-2)
+    take = make_step(sae, optimiser, jit=False)
+    states = [init_state(sae, optimiser, jax.random.key(i)) for i in range(3)]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    batch = {"x": rows()}
+    together, _ = jax.jit(jax.vmap(take, in_axes=(0, None)))(together, batch)
+    for i, state in enumerate(states):
+        alone, _ = jax.jit(take)(state, batch)
+        member = jax.tree.map(lambda leaf, i=i: leaf[i], together.variables.params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            member,
+            alone.variables.params,
+        )
 
 
 def test_a_run_compiles_once_with_schedules_masks_and_new_values():
@@ -202,10 +288,10 @@ def test_a_step_that_is_not_finite_is_reported_with_its_number():
     sae, optimiser = SAE(16, 64, rule="relu"), adam(1e-3)
     state, take = init_state(sae, optimiser, KEY), make_step(sae, optimiser)
     state, metrics = take(state, {"x": rows()})
-    checks.finite(metrics)
+    require_finite(metrics)
     _, metrics = take(state, {"x": rows().at[0, 0].set(jnp.nan)})
     with pytest.raises(FloatingPointError, match=r"Step 1 gave loss=nan.*lower the"):
-        checks.finite(metrics)
+        require_finite(metrics)
 
 
 @pytest.mark.usefixtures("as_users")
@@ -224,6 +310,14 @@ def test_bad_training_options_are_refused_with_the_remedy():
         adam(1e-3, b1=-1)
     with pytest.raises(ValueError, match="pass aux=None"):
         AuxK(k=0)
+    with pytest.raises(ValueError, match="pass aux=None"):
+        AuxK(dead_after=0)
+    with pytest.raises(ValueError, match="aux='defautl' must be"):
+        make_step(sae, optimiser, aux="defautl")
+    with pytest.raises(ValueError, match="A batch needs 'x'"):
+        take(state, {"mask": jnp.ones(24, bool)})
+    with pytest.raises(ValueError, match="Unknown loss term 'msee'"):
+        make_step(sae, optimiser, loss_dtypes={"msee": "float32"})(state, {"x": rows()})
     with pytest.raises(ValueError, match="AuxK coef=-1 must be"):
         AuxK(coef=-1)
 

@@ -65,7 +65,7 @@ def toy_tired(inputs, params, state, *, train: bool, cost: float | Array = 0.5):
     active = jax.nn.relu(inputs.pre - cost * state["rate"])
     if train:
         valid = jnp.ones(active.shape[0]) if inputs.mask is None else inputs.mask
-        rate = (valid[:, None] * (active > 0)).sum(0) / valid.sum()
+        rate = (valid[:, None] * (active > 0)).sum(0) / jnp.maximum(valid.sum(), 1)
         state = {"rate": 0.9 * state["rate"] + 0.1 * rate}
     return Encoded(active, state, {})
 
@@ -95,7 +95,7 @@ def toy_best_rows(inputs, params, state, *, train: bool, share: float | Array = 
     valid = jnp.ones(len(pre), bool) if inputs.mask is None else inputs.mask
     scores = jax.lax.stop_gradient(jnp.where(valid[:, None], pre, 0))
     count = jnp.ceil(share * valid.sum())
-    chosen = select.rows(scores.T, count, count_max=len(pre)).T & (scores > 0)
+    chosen = select.columns(scores, count, count_max=len(pre)) & (scores > 0)
     active = jnp.where(chosen, pre, 0)
     least = jnp.where(chosen, scores, jnp.inf).min(0)
     bar = jnp.where(jnp.isfinite(least), least, state["bar"])
@@ -191,6 +191,7 @@ register(
         example={"amount": 0.1},
         knob="amount",
         knob_raises_l0=False,
+        fold=None,
         needs=frozenset({"autoencoder"}),
     )
 )

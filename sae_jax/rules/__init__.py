@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import zlib
 from pathlib import Path
 
 from sae_jax.binding import BoundRule, parse
@@ -23,7 +24,7 @@ def load_file(path: str | Path) -> None:
     file = Path(path).resolve()
     if not file.is_file():
         raise ValueError(f"There is no file {file}; give a Python file with a rule.")
-    name = f"sae_jax_user_rules.{file.stem}"
+    name = f"sae_jax_user_rules.{file.stem}_{zlib.crc32(str(file).encode()):08x}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, file)

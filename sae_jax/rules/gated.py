@@ -31,7 +31,7 @@ def gated(
     gate's bias is b_enc (SAELens and dictionary_learning name it b_gate).
     """
     gate = jax.nn.relu(inputs.pre)
-    shared = inputs.pre - inputs.weights.b_enc
+    shared = inputs.pre - inputs.encoder.b_enc
     magnitude = jnp.exp(params["r_mag"]) * shared + params["b_mag"]
     active = jnp.where(inputs.pre > 0, jax.nn.relu(magnitude), 0)
     W_dec, b_dec = map(

@@ -10,11 +10,13 @@ or Top-AFA. Its value in a step is `value * ramp(step) * control`:
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sae_jax import checks
+from sae_jax.binding import bind
 from sae_jax.model import SAE
 
 
@@ -27,7 +29,8 @@ class Knob:
       steps: length of the ramp from `start` to 1; 0: no ramp.
       target_l0: mean number of active features to steer for, or None.
       rate: largest relative change that control makes in a step (chosen, untested).
-      range: control keeps the knob within this factor of its value, both ways.
+      range: control keeps the knob within this factor of its value, both ways (a
+        budget stays below twice the target).
     """
 
     start: float = 1.0
@@ -43,6 +46,8 @@ class Knob:
         ]
         if self.start != 1 and self.steps == 0:
             faults.append(f"Knob start={self.start} needs steps, the ramp's length.")
+        if self.target_l0 == 0:
+            faults.append("Knob target_l0=0 asks for empty codes; None: no target.")
         if self.range < 1:
             faults.append(f"Knob range={self.range} must be at least 1.")
         checks.raise_all(filter(None, faults))
@@ -68,12 +73,13 @@ class Knob:
                 f"be traced; if the rule can bear that, annotate {rule.knob} as "
                 f"float | Array or int | Array."
             )
-        factor = max(1.0, self.start) * (1 if self.target_l0 is None else self.range)
-        ceiling = value * factor
-        if rule.budget == rule.knob:
-            ceiling = min(ceiling, sae.n_features)
-        bound = dataclasses.replace(sae.bound, ceiling=ceiling)
-        return dataclasses.replace(sae, rule=bound)
+        ceiling = value * max(1.0, self.start)
+        if self.target_l0 is not None:
+            # A budget needs little more than the target; a coefficient may go far.
+            budget = rule.budget == rule.knob
+            top = 2 * self.target_l0 if budget else value * self.range
+            ceiling = max(ceiling, top)
+        return sae.up_to(ceiling)
 
     def value(
         self, sae: SAE, step: Array, control: Float[Array, ""]
@@ -86,9 +92,23 @@ class Knob:
             done = jnp.minimum(step / self.steps, 1)
             ramp = self.start + (1 - self.start) * done
         value = sae.bound.hp[sae.bound.rule.knob] * ramp * control
-        if sae.bound.ceiling is not None:
-            value = jnp.minimum(value, sae.bound.ceiling)
-        return value.astype(jnp.float32)
+        return jnp.minimum(value, sae.bound.top).astype(jnp.float32)
+
+    def reached(self, sae: SAE, step: Array, control: Float[Array, ""]) -> SAE:
+        """The SAE as trained so far: its knob is where the schedule has brought it.
+
+        Evaluation and export go through this one; `sae` itself still says what the
+        run began with.
+        """
+        value = self.value(self.prepare(sae), step, control)
+        if value is None:
+            return sae
+        now = float(value)
+        hp = sae.bound.hp
+        if isinstance(hp[sae.bound.rule.knob], int):
+            now = max(1, math.ceil(now - 1e-3))
+        bound = bind(sae.bound.rule, {**hp, sae.bound.rule.knob: now})
+        return dataclasses.replace(sae, rule=bound)
 
     def steer(
         self, sae: SAE, control: Float[Array, ""], l0: Float[Array, ""]
@@ -99,7 +119,9 @@ class Knob:
         direction = 1 if sae.bound.rule.knob_raises_l0 else -1
         off = jnp.clip((self.target_l0 - l0) / self.target_l0, -1, 1)
         control = control * jnp.exp(direction * self.rate * off)
-        return jnp.clip(control, 1 / self.range, self.range).astype(jnp.float32)
+        value = sae.bound.hp[sae.bound.rule.knob]
+        most = min(self.range, sae.bound.top / value)  # no winding up past the ceiling
+        return jnp.clip(control, 1 / self.range, most).astype(jnp.float32)
 
 
 CONSTANT = Knob()

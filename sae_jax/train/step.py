@@ -12,8 +12,9 @@ import optax
 from jaxtyping import Array
 
 from sae_jax import checks, codes, losses
+from sae_jax.architecture import DType
 from sae_jax.losses import AuxK
-from sae_jax.model import SAE, DType
+from sae_jax.model import SAE
 from sae_jax.train.knob import CONSTANT, Knob
 from sae_jax.train.optim import DecoderNorm, project, unit_rows
 from sae_jax.variables import Forward, Variables
@@ -79,11 +80,13 @@ def init_state(
         variables = sae.init(key_init, sample=sample, target_sample=target_sample)
     # The step reuses the buffers of its state: none may be shared, with the caller's
     # variables or with one another.
-    variables = jax.tree.map(jnp.copy, variables)
+    variables, opt_state = jax.tree.map(
+        jnp.copy, (variables, optimiser.init(variables.params))
+    )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
-        opt_state=optimiser.init(variables.params),
+        opt_state=opt_state,
         steps_idle=jnp.zeros(sae.n_features, jnp.int32),
         control=jnp.ones((), jnp.float32),
         key=key_steps,
@@ -124,12 +127,16 @@ def make_step(
     sae = knob.prepare(sae)
     if aux == "default":
         aux = AuxK() if sae.bound.rule.aux_k else None
+    if not isinstance(aux, AuxK | None):
+        raise ValueError(f"aux={aux!r} must be an AuxK(...), None or 'default'.")
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         checks.raise_all(
             checks.unknown("entry of a batch", name, Batch.__annotations__)
             for name in set(batch) - set(Batch.__annotations__)
         )
+        if "x" not in batch:
+            raise ValueError("A batch needs 'x', activations [rows, d_in].")
         turned = knob.value(sae, state.step, state.control)
 
         def loss_fn(params):
@@ -146,8 +153,9 @@ def make_step(
                 knob=turned,
             )
             fired = codes.fired(out.codes, batch.get("mask"))
-            steps_idle = jnp.where(fired, 0, state.steps_idle + 1)
             mask = batch.get("mask")
+            one = 1 if mask is None else mask.any().astype(jnp.int32)
+            steps_idle = jnp.where(fired, 0, state.steps_idle + one)
             terms = loss_terms(out, mask, steps_idle, aux, dtypes=loss_dtypes)
             return sum(terms.values()), (out, terms, steps_idle)
 
@@ -208,6 +216,11 @@ def loss_terms(
     dtypes: Mapping[str, DType] = MappingProxyType({}),
 ) -> Metrics:
     """The terms whose sum is the loss, each with its coefficient in it."""
+    assert out.target is not None  # training has one, or forward would have said so
+    known = {"mse", "aux", *out.penalties}
+    checks.raise_all(
+        checks.unknown("loss term", name, known) for name in set(dtypes) - known
+    )
 
     def cast(name: str, array: Array) -> Array:
         return array.astype(dtypes.get(name, array.dtype))
@@ -232,7 +245,12 @@ def loss_terms(
 
 
 def nmse(out: Forward, mask: Array | None) -> Array:
-    """Squared error of the output over the spread of the batch around its mean."""
+    """Squared error of the output over the spread of the batch around its mean.
+
+    NaN where there is no spread, as in a batch of one row.
+    """
+    assert out.target is not None
     centre = losses.mean_rows(out.target, mask)[None]
     spread = losses.mse(centre, out.target, mask)
-    return losses.mse(out.x_hats[-1], out.target, mask) / spread
+    error = losses.mse(out.x_hats[-1], out.target, mask)
+    return jnp.where(spread > 0, error / jnp.where(spread > 0, spread, 1), jnp.nan)
