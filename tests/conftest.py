@@ -13,6 +13,16 @@ USER_RULES = Path(__file__).parent / "user_rules.py"
 sae_jax.load_file(USER_RULES)
 
 
+def pytest_configure(config):
+    """Lets workers and later runs share what was compiled, which is most of the time.
+
+    A worker that finds an entry half written compiles for itself.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture
 def x64():
     """Runs a test in float64."""

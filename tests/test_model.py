@@ -327,6 +327,7 @@ def test_public_names_are_the_documented_ones():
     # Submodules apart, which Python adds to a package when they are imported.
     public = {name for name in vars(sae_jax) if not name.startswith("_")}
     modules = {module.name for module in pkgutil.iter_modules(sae_jax.__path__)}
+    modules |= {"jaxtyping"}  # by the run-time type checks of these tests
     assert public - modules == set(sae_jax.__all__) - modules
     assert set(sae_jax.__all__) <= public
     for name in sae_jax.__all__:
