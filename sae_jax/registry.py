@@ -47,7 +47,7 @@ class Table(Generic[Item]):
 
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     """Splits a spec string into its name and its literal keyword arguments."""
-    form = "write name or name(argument=literal), for example topk(k=32)"
+    form = "write name or name(argument=literal)"
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError) as error:

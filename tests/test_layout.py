@@ -23,7 +23,9 @@ def test_every_file_of_rules_registers_the_rule_of_its_name():
 @pytest.mark.parametrize("rule", sorted(BUILT_IN))
 def test_no_other_file_of_the_package_names_a_rule(rule):
     """In code; prose and examples in docstrings may."""
-    words = re.compile(rf"[\"'`]{rule}[\"'`(]|rules\.{rule}\b|import {rule}\b")
+    words = re.compile(
+        rf"[\"'`]{rule}[\"'`(]|rules\.{rule}\b|import {rule}\b|(?<!nn\.)\b{rule}\("
+    )
     for path in (ROOT / "sae_jax").rglob("*.py"):
         if path.stem != rule:
             code = re.sub(r'"""[\s\S]*?"""', "", path.read_text())

@@ -169,6 +169,10 @@ def test_control_does_not_wind_up_past_what_can_be_reached():
 def test_knobs_that_cannot_move_are_refused():
     with pytest.raises(ValueError, match="depends on the data"):
         make_step(SAE(16, 64, rule="top_afa"), adam(1e-3), knob=Knob(target_l0=8.0))
+    with pytest.raises(ValueError, match="from coef=0, since control multiplies"):
+        make_step(
+            SAE(16, 64, rule="relu(coef=0)"), adam(1e-3), knob=Knob(target_l0=8.0)
+        )
     with pytest.raises(ValueError, match="may not be traced; if the rule can bear"):
         make_step(SAE(16, 64, rule="toy_noisy"), adam(1e-3), knob=Knob(2.0, 5))
     with pytest.raises(ValueError, match="needs steps"):

@@ -67,6 +67,11 @@ class Knob:
                 f"Nothing can steer {rule.name} towards target_l0={self.target_l0}: "
                 f"which way {rule.knob} moves its sparsity depends on the data."
             )
+        if self.target_l0 is not None and value == 0:
+            raise ValueError(
+                f"Nothing can steer {rule.name} from {rule.knob}=0, since control "
+                f"multiplies it; start from a small value."
+            )
         if rule.knob not in rule.traced:
             raise ValueError(
                 f"{rule.name}'s knob {rule.knob} cannot be scheduled, since it may not "
