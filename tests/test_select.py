@@ -149,3 +149,27 @@ def test_columns_takes_the_largest_of_each_feature():
     np.testing.assert_array_equal(found, expected)
     one = select.columns(jnp.asarray(scores), 2, count_max=2)
     np.testing.assert_array_equal(one.sum(0), 2)
+
+
+@pytest.mark.parametrize("below", [0, 1.0])
+def test_signed_selections_keep_the_sign(below, monkeypatch):
+    monkeypatch.setattr(select, "SPARSE_BELOW", below)
+    x, W = np.random.default_rng(5).normal(size=(2, 8, 8)).astype(np.float32)
+    zero = jnp.zeros(8)
+    arrays = jnp.asarray(x), jnp.asarray(W), zero, zero
+    encoder = sae_jax.codes.encoder_product(*arrays, jnp.float32)
+    chosen = select.rows(jnp.abs(encoder.pre), 3, count_max=3)
+    for signed in (True, False):
+        found = sae_jax.to_dense(select.keep(encoder, chosen, signed=signed))
+        order = np.argsort(-np.abs(x @ W), axis=1)[:, :3]
+        expected = np.zeros((8, 8), np.float32)
+        np.put_along_axis(expected, order, np.take_along_axis(x @ W, order, 1), 1)
+        expected = expected if signed else np.maximum(expected, 0)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_hyperparameters_may_be_negative_only_where_declared_so():
+    for signed, value in ((True, -2.0), (False, -2.0), (True, float("nan"))):
+        kind = sae_jax.Signed if signed else float
+        fault = sae_jax.checks.value_fault("level", value, kind)
+        assert (fault is None) == (signed and value == -2.0)
