@@ -8,8 +8,8 @@ status is 1 if any deviation passes its tolerance.
 Source: SewoongLee/top-afa-sae, training/sae.py and training.py, commit 2190aab.
 """
 
+import functools
 import json
-import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +20,12 @@ import numpy as np
 
 from sae_jax import SAE, AuxK, Variables, adam, init_state, make_step, to_dense
 from sae_jax.train.step import loss_terms
+from tests.float32_sums import exact_sum, losses, summands, torch_sum
 
 FIRST_STEP, TRAJECTORY, FIRST_STEP_FLOAT32 = 1e-9, 1e-7, 1e-5
+# What our step reports, against the same terms in float64. It rounds to float32 up to
+# six times: a code, its row's sum, the mean, the coefficient, their product, the loss.
+METRICS = 6 * 2.0**-24
 
 # Options that repeat what is unusual in the authors' code; the package's defaults
 # differ. Everywhere: decoder rows are normalised before the optimiser's step, and the
@@ -38,10 +42,6 @@ RULES = {
     ),
 }
 HAS_AUX = {"topk", "batchtopk", "topafa"}
-# Recorded as float32 sums, in the order of torch's vectorised kernel. Their spacing
-# (1.2e-7) is above the tolerance, so these are granted the rounding of such a sum.
-# (Summed by torch itself, our errors gave all 250 recorded l2_loss bit for bit.)
-FLOAT32_SUMS = ("loss", "l2_loss", "l1_loss", "aux_loss")
 L1_TERM = {"vanilla": "l1", "jumprelu": "l0"}
 PARAMS = {"jumprelu.log_threshold": "log_threshold"}
 # Loss terms that the authors' class computes and our rule of that name does not have.
@@ -132,6 +132,10 @@ def group(arrays: dict, prefix: str) -> dict:
     }
 
 
+def prefixed(prefix: str, values: dict) -> dict:
+    return {f"{prefix}{name}": value for name, value in values.items()}
+
+
 def unreplayable(config: dict) -> dict[str, str]:
     """Recorded quantities that cannot be compared, each with its reason."""
     reasons = {}
@@ -196,45 +200,39 @@ def trajectory(config: dict, arrays: dict) -> list[Row]:
     step = make_step(
         sae, optimiser, aux=aux, decoder_norm="before", loss_dtypes=loss_dtypes(config)
     )
+    l1 = L1_TERM.get(config["rule"])
+    forward = jax.jit(functools.partial(summands, sae, aux, l1 == "l0"))
+    # They log features idle for more than n batches, and revive those idle for n.
+    n_idle = config["n_batches_to_dead"]
     found: dict[str, list[float]] = {}
-    for x in arrays["x"]:
-        state, metrics = step(state, {"x": jnp.asarray(x)})
-        zero = np.zeros(())
-        l1 = L1_TERM.get(config["rule"])
-        # They log features idle for more than n batches, and revive those idle for n.
-        n_dead = (state.steps_idle > config["n_batches_to_dead"]).sum()
+    for x in map(jnp.asarray, arrays["x"]):
+        terms = jax.device_get(forward(state.variables, state.steps_idle, x))
+        state, metrics = step(state, {"x": x})
+        afa = np.float64(metrics.get("loss_afa", 0))
         values = {
-            "loss": metrics["loss"],
-            "l2_loss": metrics["loss_mse"],
-            "l1_loss": metrics[f"loss_{l1}"] if l1 else zero,
-            "l0_norm": metrics["l0"],
-            "aux_loss": metrics.get("loss_aux", zero),
-            "afa_loss": metrics.get("loss_afa", zero),
-            "num_dead_features": n_dead,
+            **prefixed("traj/", losses(config, terms, afa, torch_sum)),
+            "traj/l0_norm": metrics["l0"],
+            "traj/afa_loss": afa,
+            "traj/num_dead_features": (state.steps_idle > n_idle).sum(),
+            **prefixed("exact/", losses(config, terms, afa, exact_sum)),
+            **prefixed("metrics/", metrics),
         }
         for name, value in values.items():
             found.setdefault(name, []).append(float(value))
-    tolerance = dict.fromkeys(
-        FLOAT32_SUMS, TRAJECTORY + float32_sum_rounding(arrays["x"][0].size)
-    )
     rows = [
-        Row(
-            f"traj/{name}",
-            deviation(found[name], value),
-            tolerance.get(name, TRAJECTORY),
-        )
-        for name, value in group(arrays, "traj/").items()
-        if f"traj/{name}" not in unreplayable(config)
+        Row(name, deviation(found[name], value), TRAJECTORY)
+        for name, value in arrays.items()
+        if name.startswith("traj/") and name not in unreplayable(config)
     ]
+    reported = {"l2_loss": "loss_mse", "l1_loss": f"loss_{l1}", "aux_loss": "loss_aux"}
+    for name, exact in group(found, "exact/").items():
+        metric = f"metrics/{reported.get(name, name)}"
+        if metric in found:
+            rows.append(Row(metric, deviation(found[metric], exact), METRICS))
     for name, value in group(arrays, "final/").items():
         ours = state.variables.params[PARAMS.get(name, name)]
         rows.append(Row(f"final/{name}", deviation(ours, value), TRAJECTORY))
     return rows
-
-
-def float32_sum_rounding(n_terms: int) -> float:
-    """Relative error of summing n positive numbers pairwise in float32."""
-    return math.ceil(math.log2(n_terms)) * 2.0**-24
 
 
 def replay(path: Path) -> list[Row]:
