@@ -1,0 +1,1 @@
+"""What `launch.py --experiment=NAME` can run, one file each."""

@@ -1,0 +1,220 @@
+"""Transformers' Flax language models as pure functions with named sites.
+
+    lm = FlaxLM.load("gpt2")
+    run = lm.run(tokens, read=("resid_post.8",), losses=True)
+    run = lm.run(tokens, write={"mlp_out.3": ablate()}, logits=True)
+    run, grads = lm.gradients(tokens, ("resid_pre.8",))
+
+Sites are reached by intercepting Flax's modules, so the model's code is transformers'
+own. Under jit the compiler drops every layer that nothing asked for depends on.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from sae_jax.lm.edits import Edit, add
+from sae_jax.lm.files import model_folder
+from sae_jax.lm.flax_weights import load_config, load_params, model_class
+from sae_jax.lm.sites import Family, Run, Visit, family_of, site_names, tap
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlaxLM:
+    """A causal language model: its module and family; `params` travel beside.
+
+    Attributes:
+        name: What it was loaded from.
+        module: Transformers' Flax module.
+        config: Transformers' configuration.
+        params: All weights, float32.
+        dtype: The type of all computation and of the values that are read.
+    """
+
+    name: str
+    module: nn.Module
+    config: Any
+    params: Any
+    dtype: str = "float32"
+
+    @classmethod
+    def load(cls, name: str = "embedded", *, dtype: str = "float32") -> "FlaxLM":
+        """Loads 'embedded', a local folder, or a Hugging Face id, without torch."""
+        return cls.from_folder(model_folder(name), name=name, dtype=dtype)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, name: str, dtype: str) -> "FlaxLM":
+        """Loads a folder in the Hugging Face layout."""
+        config = load_config(folder)
+        model = model_class(config)(config, dtype=jnp.dtype(dtype), _do_init=False)
+        return cls(name, model.module, config, load_params(folder, model), dtype)
+
+    @classmethod
+    def random(cls, config: Any, *, seed: int = 0, dtype: str = "float32") -> "FlaxLM":
+        """A model with random weights, for tests and benchmarks."""
+        model = model_class(config)(config, seed=seed, dtype=jnp.dtype(dtype))
+        return cls("random", model.module, config, model.params, dtype)
+
+    @property
+    def family(self) -> Family | None:
+        """The names of its modules."""
+        return family_of(self.config)
+
+    @property
+    def n_layers(self) -> int:
+        """How many blocks it has."""
+        return self.config.num_hidden_layers
+
+    @property
+    def context(self) -> int:
+        """The longest context it was built for."""
+        return self.config.max_position_embeddings
+
+    @property
+    def sites(self) -> list[str]:
+        """All named sites, in the model's order."""
+        return site_names(self.family, self.n_layers)
+
+    def width(self, site: str) -> int:
+        """The last dimension of a site's value."""
+        tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        shapes = jax.eval_shape(
+            partial(self.forward, read=(site,)), self.params, tokens
+        )
+        return shapes.values[site].shape[-1]
+
+    def forward(
+        self,
+        params: Any,
+        tokens: Int[Array, "B T"],
+        *,
+        read: Iterable[str] = (),
+        write: Mapping[str, Edit] | None = None,
+        logits: bool = False,
+        losses: bool = False,
+    ) -> Run:
+        """The pure function: tokens in, the values of sites out.
+
+        Every position is attended to by the later ones of its row; contexts that end
+        early are padded on the right, which no earlier position sees.
+        """
+        write = dict(write or {})
+        read = tuple(read)
+        taps = {s: tap(s, self.family, self.n_layers) for s in {*read, *write}}
+        visit = Visit(taps, read, write)
+
+        def intercept(call, args, kwargs, context):
+            module = ".".join(context.module.path)
+            if context.method_name != "__call__" or module not in visit.modules:
+                return call(*args, **kwargs)
+            result = call(visit.enter(module, args[0]), *args[1:], **kwargs)
+            if isinstance(result, tuple):
+                return (visit.leave(module, result[0]), *result[1:])
+            return visit.leave(module, result)
+
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        with nn.intercept_methods(intercept):
+            out = self.module.apply(
+                {"params": params}, tokens, jnp.ones_like(tokens), positions
+            )
+        visit.require_all_seen()
+        return Run(
+            {site: visit.values[site] for site in read},
+            out.logits if logits else None,
+            next_token_losses(out.logits, tokens) if losses else None,
+        )
+
+    def run(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        read: Iterable[str] = (),
+        write: Mapping[str, Edit] | None = None,
+        logits: bool = False,
+        losses: bool = False,
+    ) -> Run:
+        """`forward`, compiled, with the model's own weights."""
+        self._require_length(tokens)
+        return self._compiled(
+            self.params, tokens, tuple(read), dict(write or {}), logits, losses
+        )
+
+    def gradients(
+        self,
+        tokens: Int[Array, "B T"],
+        sites: Iterable[str],
+        *,
+        write: Mapping[str, Edit] | None = None,
+        weights: Float[Array, "B T-1"] | None = None,
+    ) -> tuple[Run, dict[str, Array]]:
+        """The gradients, at sites, of the sum of all next-token losses.
+
+        A sum, so that a row's gradient does not depend on how many rows beside it are
+        harvested. `weights` multiplies the losses, for example with 0 at padding.
+        """
+        self._require_length(tokens)
+        return self._compiled_gradients(
+            self.params, tokens, tuple(sites), dict(write or {}), weights
+        )
+
+    @cached_property
+    def _compiled(self):
+        def forward(params, tokens, read, write, logits, losses):
+            return self.forward(
+                params, tokens, read=read, write=write, logits=logits, losses=losses
+            )
+
+        return jax.jit(forward, static_argnums=(2, 4, 5))
+
+    @cached_property
+    def _compiled_gradients(self):
+        def gradients(params, tokens, sites, write, weights):
+            shapes = jax.eval_shape(partial(self.forward, read=sites), params, tokens)
+
+            def loss(shifts):
+                plus = {s: _Then(write.get(s), add(shifts[s])) for s in sites}
+                run = self.forward(
+                    params, tokens, read=sites, write={**write, **plus}, losses=True
+                )
+                scale = 1.0 if weights is None else weights
+                return jnp.sum(run.losses * scale), run
+
+            zeros = {s: jnp.zeros(v.shape, v.dtype) for s, v in shapes.values.items()}
+            grads, run = jax.grad(loss, has_aux=True)(zeros)
+            return run, grads
+
+        return jax.jit(gradients, static_argnums=2)
+
+    def _require_length(self, tokens: Array) -> None:
+        if tokens.shape[-1] > self.context:
+            raise ValueError(
+                f"tokens of length {tokens.shape[-1]} pass the context of "
+                f"{self.name!r}, which is {self.context}"
+            )
+
+
+class _Then(NamedTuple):
+    """One edit after another."""
+
+    first: Edit | None
+    second: Edit
+
+    def __call__(self, old: Array) -> Array:
+        return self.second(old if self.first is None else self.first(old))
+
+
+def next_token_losses(
+    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T-1"]:
+    """The loss in nats of each token but the first, computed in float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
+    )
