@@ -43,7 +43,8 @@ parity: install
 	$(BIN)/python -m tests.parity $(DIR)
 
 lock: install
-	$(BIN)/python -m pip freeze --exclude-editable --exclude sae_jax > requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable --exclude sae_jax --exclude torch \
+	  > requirements.lock
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

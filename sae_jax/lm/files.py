@@ -1,6 +1,11 @@
 """Where a language model's files are: embedded, in a folder, or on the hub."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
 
 EMBEDDED = "embedded"
 # Only what is read: no pickles, and none of the other frameworks' weights.
@@ -49,3 +54,12 @@ def from_hub(name: str, weights: bool) -> Path:
             f"lm={EMBEDDED!r}, which needs no download"
         ) from None
     return folder
+
+
+def fingerprint(weights: Any) -> str:
+    """A checksum of a tree of arrays, names and values."""
+    digest = hashlib.sha256()
+    for path, value in jax.tree_util.tree_leaves_with_path(weights):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(value).view(np.uint8).data)
+    return digest.hexdigest()[:16]

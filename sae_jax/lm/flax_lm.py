@@ -10,21 +10,21 @@ own. Under jit the compiler drops every layer that nothing asked for depends on.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sae_jax.lm.edits import Edit, add
-from sae_jax.lm.files import model_folder
-from sae_jax.lm.flax_weights import load_config, load_params, model_class
-from sae_jax.lm.sites import Family, Run, Visit, family_of, site_names, tap
+from sae_jax.lm.files import fingerprint, model_folder
+from sae_jax.lm.flax_weights import build, load_config, load_params
+from sae_jax.lm.sites import Family, Run, Tokens, Visit, family_of, site_names, tap
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,14 +54,19 @@ class FlaxLM:
     def from_folder(cls, folder: Path, *, name: str, dtype: str) -> "FlaxLM":
         """Loads a folder in the Hugging Face layout."""
         config = load_config(folder)
-        model = model_class(config)(config, dtype=jnp.dtype(dtype), _do_init=False)
+        model = build(config, dtype, _do_init=False)
         return cls(name, model.module, config, load_params(folder, model), dtype)
 
     @classmethod
     def random(cls, config: Any, *, seed: int = 0, dtype: str = "float32") -> "FlaxLM":
         """A model with random weights, for tests and benchmarks."""
-        model = model_class(config)(config, seed=seed, dtype=jnp.dtype(dtype))
+        model = build(config, dtype, seed=seed)
         return cls("random", model.module, config, model.params, dtype)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum of the weights: whether two models are the same."""
+        return fingerprint(self.params)
 
     @property
     def family(self) -> Family | None:
@@ -94,10 +99,10 @@ class FlaxLM:
     def forward(
         self,
         params: Any,
-        tokens: Int[Array, "B T"],
+        tokens: Tokens,
         *,
         read: Iterable[str] = (),
-        write: Mapping[str, Edit] | None = None,
+        write: Mapping[str, Callable[[Array], Array]] | None = None,
         logits: bool = False,
         losses: bool = False,
     ) -> Run:
@@ -122,7 +127,7 @@ class FlaxLM:
 
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         with nn.intercept_methods(intercept):
-            out = self.module.apply(
+            out: Any = self.module.apply(
                 {"params": params}, tokens, jnp.ones_like(tokens), positions
             )
         visit.require_all_seen()
@@ -134,7 +139,7 @@ class FlaxLM:
 
     def run(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Tokens,
         *,
         read: Iterable[str] = (),
         write: Mapping[str, Edit] | None = None,
@@ -149,7 +154,7 @@ class FlaxLM:
 
     def gradients(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Tokens,
         sites: Iterable[str],
         *,
         write: Mapping[str, Edit] | None = None,
@@ -180,12 +185,12 @@ class FlaxLM:
             shapes = jax.eval_shape(partial(self.forward, read=sites), params, tokens)
 
             def loss(shifts):
-                plus = {s: _Then(write.get(s), add(shifts[s])) for s in sites}
-                run = self.forward(
-                    params, tokens, read=sites, write={**write, **plus}, losses=True
-                )
-                scale = 1.0 if weights is None else weights
-                return jnp.sum(run.losses * scale), run
+                edits: dict[str, Callable[[Array], Array]] = dict(write)
+                for site in sites:
+                    edits[site] = _Then(write.get(site), add(shifts[site]))
+                run = self.forward(params, tokens, read=sites, write=edits, losses=True)
+                losses: Any = run.losses
+                return jnp.sum(losses if weights is None else losses * weights), run
 
             zeros = {s: jnp.zeros(v.shape, v.dtype) for s, v in shapes.values.items()}
             grads, run = jax.grad(loss, has_aux=True)(zeros)
@@ -193,7 +198,7 @@ class FlaxLM:
 
         return jax.jit(gradients, static_argnums=2)
 
-    def _require_length(self, tokens: Array) -> None:
+    def _require_length(self, tokens: Tokens) -> None:
         if tokens.shape[-1] > self.context:
             raise ValueError(
                 f"tokens of length {tokens.shape[-1]} pass the context of "
@@ -201,18 +206,19 @@ class FlaxLM:
             )
 
 
-class _Then(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Then:
     """One edit after another."""
 
-    first: Edit | None
-    second: Edit
+    first: Callable[[Array], Array] | None
+    second: Callable[[Array], Array]
 
     def __call__(self, old: Array) -> Array:
         return self.second(old if self.first is None else self.first(old))
 
 
 def next_token_losses(
-    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]
+    logits: Float[Array, "B T V"], tokens: Tokens
 ) -> Float[Array, "B T-1"]:
     """The loss in nats of each token but the first, computed in float32."""
     return optax.softmax_cross_entropy_with_integer_labels(

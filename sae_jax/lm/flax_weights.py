@@ -213,9 +213,10 @@ def flax_path(name: str, shapes: dict, prefix: str) -> tuple[str, ...]:
     return (*modules, leaf)
 
 
-def model_class(config: PretrainedConfig) -> type[FlaxPreTrainedModel]:
-    """Transformers' Flax class for causal language models of this kind."""
-    return FLAX_MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+def build(config: PretrainedConfig, dtype: str, **options: Any) -> FlaxPreTrainedModel:
+    """Transformers' Flax class for causal language models of this kind, built."""
+    kind: Any = FLAX_MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return kind(config, dtype=jnp.dtype(dtype), **options)
 
 
 def shown(paths: list[tuple[str, ...]]) -> str:

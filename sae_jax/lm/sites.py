@@ -18,9 +18,12 @@ is what the layers after it see: if the same site is written, the written value.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Int
 
 from sae_jax.checks import unknown
+
+Tokens = Int[Array | np.ndarray, "B T"]
 
 PLACES = (
     "resid_pre", "attn_out", "head_out", "resid_mid", "mlp_hidden", "mlp_out",

@@ -1,0 +1,68 @@
+"""Batches from harvested shards, through grain.
+
+All rows of all shards are in one keyed shuffle, another one in each epoch. grain
+computes the shuffle from the index, so batch t is found without the ones before it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sae_jax.activations.shards import Shards
+
+
+class FromShards:
+    """A stream of batches `{site: [batch, width]}` in float32.
+
+    Args:
+        shards: The opened folder.
+        sites: Which of its sites; all by default.
+        batch: Rows per batch.
+        seed: Decides the order of the rows.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        *,
+        batch: int,
+        sites: tuple[str, ...] | None = None,
+        seed: int = 0,
+    ):
+        self.sites = tuple(sites or shards.widths)
+        unknown = sorted(set(self.sites) - set(shards.widths))
+        if unknown:
+            raise ValueError(
+                f"{shards.folder} holds no {', '.join(unknown)}; "
+                f"it holds {', '.join(shards.widths)}"
+            )
+        if not 0 < batch <= len(shards):
+            raise ValueError(f"batch={batch} must be from 1 to {len(shards)} rows")
+        self.shards, self.batch = shards, batch
+        order = grain.MapDataset.range(len(shards)).seed(seed).shuffle().repeat()
+        self._batches = order.batch(batch).map(self._read)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width of each site."""
+        return {site: self.shards.widths[site] for site in self.sites}
+
+    def batches(
+        self, start: int = 0, position: Any = None
+    ) -> Iterator[dict[str, Float[Array, "B D"]]]:
+        """Batches from number `start` on, without end; `position` is not needed."""
+        rest = self._batches.slice(slice(start, None))
+        for rows in rest.to_iter_dataset(grain.ReadOptions(num_threads=2)):
+            yield jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), rows)
+
+    def position(self, t: int) -> Any:
+        """Nothing: the number of a batch is enough to find it."""
+        return None
+
+    def _read(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        return self.shards.rows(index, self.sites)

@@ -1,0 +1,218 @@
+"""Documents, one after the other, from a place that can be returned to.
+
+`dataset` names one of three kinds: 'embedded' (the interpreter's own files), local
+files and folders (.txt, .md, .rst, .py: one file is one document; .jsonl, .parquet: one
+row is one), or a Hugging Face dataset by id, streamed. A document is its text, or its
+token ids where the column holds them already.
+
+Every document belongs to one part, by a hash of its name (its path below the folder, or
+its row number), so that there is held-out text where a dataset brings none.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from sae_jax.text import corpus
+
+Document = str | list[int]
+Part = Literal["train", "validation", "heldout", "all"]
+EMBEDDED = "embedded"
+ROW_FILES = {".jsonl": "json", ".parquet": "parquet"}
+
+
+@runtime_checkable
+class Documents(Protocol):
+    """What a source of text offers; a position is plain values that JSON can hold."""
+
+    def fingerprint(self) -> str:
+        """A checksum that tells most other texts from this one, without reading all."""
+        ...
+
+    def read(self, position: Any = None) -> Iterator[tuple[Any, Document]]:
+        """One epoch's documents from `position` on, each with its own position."""
+        ...
+
+    def after(self, position: Any) -> Any:
+        """The start of the epoch that follows the one of `position`."""
+        ...
+
+
+class Files(NamedTuple):
+    """Whole files, in an order of seed and epoch; a position is [epoch, index]."""
+
+    names: list[str]
+    open: Callable[[str], str]
+    seed: int
+
+    def fingerprint(self) -> str:
+        """Of the names, in order."""
+        return checksum("\n".join(self.names))
+
+    def read(self, position: Any = None) -> Iterator[tuple[Any, Document]]:
+        """See `Documents`."""
+        epoch, start = position or (0, 0)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.names))
+        for index in range(start, len(order)):
+            yield [epoch, index], self.open(self.names[order[index]])
+
+    def after(self, position: Any) -> Any:
+        """See `Documents`."""
+        return [(position or (0, 0))[0] + 1, 0]
+
+
+class Rows(NamedTuple):
+    """A streamed dataset in its own order, in every epoch alike.
+
+    A position is [epoch, row, the stream's state]. The stream is never shuffled by
+    `datasets`, whose shuffle buffer is lost on a resume; activations are shuffled.
+    """
+
+    stream: Any
+    column: str
+    part: Part
+
+    def fingerprint(self) -> str:
+        """Of the first row."""
+        return checksum(str(next(iter(copy.deepcopy(self.stream)))[self.column]))
+
+    def read(self, position: Any = None) -> Iterator[tuple[Any, Document]]:
+        """See `Documents`."""
+        epoch, row, state = position or (0, 0, None)
+        stream = copy.deepcopy(self.stream)  # reading changes it
+        if state is not None:
+            stream.load_state_dict(state)
+        state = stream.state_dict()
+        for example in stream:
+            if self.part in ("all", corpus.part_of(str(row))):
+                yield [epoch, row, state], example[self.column]
+            row, state = row + 1, stream.state_dict()
+
+    def after(self, position: Any) -> Any:
+        """See `Documents`."""
+        return [(position or (0, 0, None))[0] + 1, 0, None]
+
+
+def open_documents(
+    dataset: str = EMBEDDED,
+    *,
+    part: Part = "train",
+    column: str = "text",
+    split: str = "train",
+    subset: str | None = None,
+    seed: int = 0,
+) -> Documents:
+    """The documents of one part of a dataset; every fault is found here, at once.
+
+    `column` (of text or of token ids), `split` and `subset` are Hugging Face's and
+    apply to rows only. For datasets with their own held-out split, use `part='all'`.
+    """
+    if dataset == EMBEDDED:
+        names = [n for p in corpus.PARTS if part in ("all", p) for n in corpus.names(p)]
+        return Files(names, corpus.read, seed)
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return local(path, part=part, column=column, split=split, seed=seed)
+    if dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
+        raise FileNotFoundError(f"dataset={dataset!r} is not on this machine")
+    return rows(from_hub(dataset, split, subset), column, part, dataset)
+
+
+def local(path: Path, *, part: Part, column: str, split: str, seed: int) -> Documents:
+    """Documents of a file or folder."""
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*"))
+    tables = [p for p in found if p.suffix in ROW_FILES]
+    root = path.parent if path.is_file() else path
+    texts = {
+        p.relative_to(root).as_posix(): p
+        for p in found
+        if p.suffix in corpus.SUFFIXES and p.is_file()
+    }
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return rows(from_disk(path, split), column, part, str(path))
+    if tables and texts:
+        # Cards and licences beside tables are no documents; text beside them may be.
+        texts = {n: p for n, p in texts.items() if p.suffix not in (".md", ".txt")}
+    if bool(tables) == bool(texts) or len({p.suffix for p in tables}) > 1:
+        raise ValueError(
+            f"dataset={str(path)!r} needs files of one kind: text "
+            f"({', '.join(corpus.SUFFIXES)}), or tables of one suffix "
+            f"({', '.join(ROW_FILES)}); it has {len(texts)} and {len(tables)}"
+        )
+    if tables:
+        import datasets
+
+        kind = ROW_FILES[tables[0].suffix]
+        files = [str(p) for p in tables if p.stat().st_size]
+        if not files:
+            raise ValueError(f"dataset={str(path)!r} has no rows: its files are empty")
+        stream = datasets.load_dataset(
+            kind, data_files=files, split="train", streaming=True
+        )
+        return rows(stream, column, part, str(path))
+    names = sorted(n for n in texts if part in ("all", corpus.part_of(n)))
+    if not names:
+        raise ValueError(
+            f"none of the {len(texts)} files in dataset={str(path)!r} falls into "
+            f"part={part!r}, which a hash of their names decides; use part='all'"
+        )
+    return Files(names, lambda name: texts[name].read_text(encoding="utf-8"), seed)
+
+
+def from_disk(path: Path, split: str) -> Any:
+    """A dataset that `save_to_disk` wrote."""
+    import datasets
+
+    data = datasets.load_from_disk(str(path))
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise ValueError(f"split={split!r} of {path} is none of {', '.join(data)}")
+        data = data[split]
+    return data.to_iterable_dataset()
+
+
+def from_hub(name: str, split: str, subset: str | None) -> Any:
+    """A stream from the Hugging Face hub, or at once the reason why there is none."""
+    import datasets
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+        return datasets.load_dataset(name, subset, split=split, streaming=True)
+    except (OSError, ValueError) as error:  # network faults are OSErrors
+        # Both builtin and requests' own: a name, for requests is no dependency of ours.
+        offline = type(error).__name__ == "ConnectionError"
+        reason = "it cannot be reached" if offline else " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"dataset={name!r} (split={split!r}, subset={subset!r}) is nothing on this "
+            f"machine and could not be opened on the Hugging Face hub: {reason[:300]}. "
+            f"Give a local folder or file, or {EMBEDDED!r}, which needs no network"
+        ) from None
+
+
+def rows(stream: Any, column: str, part: Part, name: str) -> Rows:
+    """Rows of a stream that has the column, holding text or token ids."""
+    first = next(iter(copy.deepcopy(stream)), None)
+    if first is None:
+        raise ValueError(f"dataset={name!r} has no rows")
+    if column not in first:
+        raise ValueError(
+            f"dataset={name!r} has no column {column!r}; it has {', '.join(first)}"
+        )
+    value = first[column]
+    ids = isinstance(value, list) and all(isinstance(v, int) for v in value)
+    if not isinstance(value, str) and not ids:
+        raise ValueError(
+            f"column={column!r} of dataset={name!r} holds {type(value).__name__}, "
+            f"not text or token ids"
+        )
+    return Rows(stream, column, part)
+
+
+def checksum(text: str) -> str:
+    """Sixteen hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

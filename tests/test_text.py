@@ -1,0 +1,217 @@
+"""Documents, contexts, blocks: against naive lists, and against themselves resumed."""
+
+import itertools
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from sae_jax.text import corpus
+from sae_jax.text.blocks import Place, blocks
+from sae_jax.text.contexts import Packing, contexts
+from sae_jax.text.documents import open_documents
+from tests.toy_text import BOS, Characters, in_order, toy_documents
+
+TOKENS = Characters()
+
+
+def ids(text: str) -> list[int]:
+    return TOKENS(text)["input_ids"]
+
+
+def naive_rows(documents, length: int, join: bool) -> list[list[int]]:
+    """All contexts of one epoch, unpadded, from plain lists."""
+    if join:
+        row = [t for text in in_order(documents) if text for t in [BOS, *ids(text)]]
+        return [row[i : i + length] for i in range(0, len(row), length)]
+    pieces = []
+    for text in in_order(documents):
+        for i in range(0, len(text), length - 1):
+            pieces.append([BOS, *ids(text)[i : i + length - 1]])
+    return pieces
+
+
+@pytest.mark.parametrize("join", [True, False])
+@pytest.mark.parametrize("length", [2, 5, 64])
+def test_contexts_are_those_of_the_naive_lists(join, length):
+    documents = toy_documents()
+    packing = Packing(length, join=join, repeat=False)
+    found = list(contexts(documents, TOKENS, packing))
+    expected = naive_rows(documents, length, join)
+    assert [list(c.tokens[c.real]) for c in found] == expected
+    for context in found:
+        assert (context.tokens[~context.real] == BOS).all()
+        assert (context.use == (context.real & (context.tokens != BOS))).all()
+
+
+def test_options_of_use():
+    documents = toy_documents()
+    packing = Packing(5, repeat=False, use_bos=True, skip=2)
+    for context in contexts(documents, TOKENS, packing):
+        assert not context.use[:2].any()
+        assert (context.use[2:] == context.real[2:]).all()
+
+
+def test_an_epoch_has_its_own_order_and_loses_nothing():
+    documents = toy_documents()
+    first, second = in_order(documents, 0), in_order(documents, 1)
+    assert first != second
+    assert sorted(first) == sorted(second)
+    packing = Packing(5, repeat=True)
+    n = sum(len(t) + 1 for t in first if t)
+    stream = contexts(documents, TOKENS, packing)
+    row = np.concatenate([c.tokens for c in itertools.islice(stream, n // 2)])
+    both = [t for text in first + second if text for t in [BOS, *ids(text)]]
+    assert list(row[: 2 * n]) == both[: len(row)][: 2 * n]
+
+
+@pytest.mark.parametrize("join", [True, False])
+@pytest.mark.parametrize("repeat", [True, False])
+def test_contexts_resume_everywhere(join, repeat):
+    documents = toy_documents()
+    packing = Packing(5, join=join, repeat=repeat)
+    whole = list(itertools.islice(contexts(documents, TOKENS, packing), 40))
+    for i, context in enumerate(whole):
+        place = json.loads(json.dumps(context.position))
+        stream = contexts(documents, TOKENS, packing, place)
+        rest = list(itertools.islice(stream, 40 - i))
+        assert [list(c.tokens) for c in rest] == [list(c.tokens) for c in whole[i:]]
+        assert [c.position for c in rest] == [c.position for c in whole[i:]]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 16])
+@pytest.mark.parametrize("join", [True, False])
+def test_blocks_have_every_used_position_once_and_resume(size, join):
+    documents = toy_documents()
+    packing = Packing(5, join=join, repeat=False)
+    used = np.concatenate(
+        [c.tokens[c.use] for c in contexts(documents, TOKENS, packing)]
+    )
+    whole = list(blocks(documents, TOKENS, packing, size))
+    assert all(len(block.row) == size for block in whole[:-1])
+    found = [block.tokens[block.row, block.column] for block in whole]
+    np.testing.assert_array_equal(np.concatenate(found), used)
+    for i, block in enumerate(whole[:-1]):
+        assert block.after == whole[i + 1].place
+        place = Place(*json.loads(json.dumps(block.after)))
+        rest = list(blocks(documents, TOKENS, packing, size, place))
+        again = [b.tokens[b.row, b.column] for b in rest]
+        np.testing.assert_array_equal(
+            np.concatenate(again), np.concatenate(found[i + 1 :])
+        )
+
+
+def table(folder, suffix: str, values: list, column: str = "text"):
+    path = folder / f"rows.{suffix}"
+    data = datasets.Dataset.from_dict({column: values})
+    data.to_json(path) if suffix == "jsonl" else data.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_tables_stream_and_resume_within_and_after_an_epoch(tmp_path, suffix):
+    texts = [f"row {i} " * (i % 4) for i in range(30)]
+    documents = open_documents(str(table(tmp_path, suffix, texts)), part="all")
+    assert [text for _, text in documents.read()] == texts
+    packing = Packing(8)
+    whole = list(itertools.islice(contexts(documents, TOKENS, packing), 90))
+    per_epoch = sum(len(t) + 1 for t in texts if t) // 8
+    assert per_epoch < 80, "the test must pass into the second epoch"
+    for i in [0, 1, per_epoch // 2, per_epoch + 1, 85]:
+        place = json.loads(json.dumps(whole[i].position))
+        stream = contexts(documents, TOKENS, packing, place)
+        for again, before in zip(itertools.islice(stream, 5), whole[i:], strict=False):
+            np.testing.assert_array_equal(again.tokens, before.tokens)
+
+
+def test_token_ids_are_taken_as_they_are(tmp_path):
+    path = table(tmp_path, "parquet", [[BOS, 5, 6], [7, 8, 9, 10]], "input_ids")
+    documents = open_documents(str(path), part="all", column="input_ids")
+    joined = contexts(documents, TOKENS, Packing(8, repeat=False))
+    assert list(next(joined).tokens) == [BOS, 5, 6, BOS, 7, 8, 9, 10]
+    apart = list(contexts(documents, TOKENS, Packing(3, join=False, repeat=False)))
+    assert [list(c.tokens[c.real]) for c in apart] == [
+        [BOS, 5, 6],
+        [BOS, 7, 8],
+        [BOS, 9, 10],
+    ]
+
+
+def test_a_dataset_saved_to_disk_streams(tmp_path):
+    splits = {"train": ["a", "bc"], "test": ["d"]}
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"text": t}) for name, t in splits.items()}
+    ).save_to_disk(tmp_path / "d")
+    documents = open_documents(str(tmp_path / "d"), part="all", split="test")
+    assert [text for _, text in documents.read()] == ["d"]
+    with pytest.raises(ValueError, match=r"split='dev' of .* is none of train, test"):
+        open_documents(str(tmp_path / "d"), part="all", split="dev")
+
+
+def test_folders_of_text_split_by_name(tmp_path):
+    for i in range(60):
+        (tmp_path / f"n{i}.txt").write_text(f"text {i}")
+    parts = {
+        part: {text for _, text in open_documents(str(tmp_path), part=part).read()}
+        for part in ("train", "validation", "heldout", "all")
+    }
+    assert parts["train"]
+    assert parts["heldout"]
+    assert parts["train"] | parts["validation"] | parts["heldout"] == parts["all"]
+    assert len(parts["all"]) == 60
+    assert not parts["train"] & parts["heldout"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "none.txt", "is not on this machine"),
+        (lambda p: p, "needs files of one kind"),
+        (lambda p: table(p, "jsonl", ["a"], "body"), "no column 'text'; it has body"),
+        (lambda p: table(p, "parquet", [1.5]), "holds float, not text or token ids"),
+        (lambda p: table(p, "jsonl", []), "has no rows"),
+    ],
+)  # fmt: skip
+def test_bad_datasets_are_refused_at_once(tmp_path, make, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_documents(str(make(tmp_path)), part="all")
+
+
+def test_an_unreachable_hub_is_said_at_once(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    with pytest.raises(FileNotFoundError, match=r"cannot be reached.*'embedded'"):
+        open_documents("Skylion007/openwebtext")
+
+
+def test_text_without_tokens_is_refused():
+    documents = toy_documents(1)  # its only document is empty
+    with pytest.raises(ValueError, match="holds no text"):
+        next(contexts(documents, TOKENS, Packing(4)))
+    assert list(contexts(documents, TOKENS, Packing(4, repeat=False))) == []
+
+
+def test_the_embedded_corpus_is_split_by_name_alone(tmp_path):
+    parts = {part: set(corpus.names(part)) for part in corpus.PARTS}
+    assert len(set.union(*parts.values())) == sum(map(len, parts.values()))
+    # Fixed for every machine and Python: the held-out loss in the README rests on it.
+    assert corpus.part_of("argparse.py") == "validation"
+    assert [n for n in ("abc.py", "os.py", "re.py") if n in parts["train"]]
+    sizes = {part: len(names) for part, names in parts.items()}
+    assert sizes["train"] > 6 * sizes["heldout"] > 6 * sizes["validation"] > 0
+    assert not [n for names in parts.values() for n in names if "/test/" in n]
+    topic = next(n for n in sorted(parts["train"]) if n.startswith(corpus.TOPICS))
+    assert len(corpus.read(topic)) > 100
+    (tmp_path / "latin.py").write_bytes(b"\xe4\xf6")
+    assert corpus.read("latin.py", tmp_path) == ""
+
+
+def test_the_corpus_executes_nothing(tmp_path):
+    topics = tmp_path / corpus.TOPICS
+    topics.parent.mkdir()
+    topics.write_text("topics = {'a': open('stolen', 'w').name}")
+    with pytest.raises(ValueError, match="malformed"):
+        corpus.topics(tmp_path)
