@@ -7,7 +7,6 @@ description everywhere. Only experiments and `launch.py` know of them.
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from sae_jax.lm.flax_lm import FlaxLM
 from sae_jax.text.contexts import Packing
 from sae_jax.text.documents import Documents, Part, open_documents
 from sae_jax.text.tokenizer import load_tokenizer
@@ -33,7 +32,10 @@ class ModelConfig:
 
     def open_lm(self) -> Any:
         """The model, loaded."""
+        # Imported here: transformers takes seconds, and bad settings are found sooner.
         if self.source == "flax":
+            from sae_jax.lm.flax_lm import FlaxLM
+
             return FlaxLM.load(self.lm, dtype=self.lm_dtype)
         from sae_jax.lm.torch_lm import TorchLM
 
