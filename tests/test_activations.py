@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
+import datasets
 import jax
 import ml_dtypes
 import numpy as np
@@ -23,6 +25,7 @@ from sae_jax.activations.shards import ShardError
 from sae_jax.lm.flax_lm import FlaxLM
 from sae_jax.text.blocks import blocks
 from sae_jax.text.contexts import Packing, contexts
+from sae_jax.text.documents import open_documents
 from tests.toy_text import Characters, toy_documents
 
 SITES = ("resid_post.0", "mlp_hidden.1")
@@ -58,9 +61,9 @@ def one_by_one(lm):
     return read
 
 
-def on_the_fly(harvester, **changes) -> OnTheFly:
+def on_the_fly(harvester, documents=DOCUMENTS, **changes) -> OnTheFly:
     options = {"batch": BATCH, "buffer": BUFFER, "seed": 0} | changes
-    return OnTheFly(harvester, DOCUMENTS, TOKENS, PACKING, **options)
+    return OnTheFly(harvester, documents, TOKENS, PACKING, **options)
 
 
 def run_harvest(folder, harvester, rows=50, *, documents=DOCUMENTS, **changes):
@@ -112,19 +115,31 @@ def test_groups_mix_two_blocks_and_use_every_row_once(harvester, one_by_one):
     assert list(flat[:BATCH]) != sorted(flat[:BATCH])
 
 
+@pytest.fixture
+def streamed(tmp_path):
+    """The same documents as rows of a Hugging Face stream."""
+    path = tmp_path / "rows.parquet"
+    texts = [text for _, text in DOCUMENTS.read()]
+    datasets.Dataset.from_dict({"text": texts}).to_parquet(path)
+    return open_documents(str(path), part="all")
+
+
 @pytest.mark.parametrize("with_position", [True, False])
-def test_on_the_fly_resumes_bit_for_bit(harvester, with_position):
-    whole = on_the_fly(harvester)
+@pytest.mark.parametrize("kind", ["files", "streamed"])
+def test_on_the_fly_resumes_bit_for_bit(harvester, with_position, kind, streamed):
+    documents = DOCUMENTS if kind == "files" else streamed
+    make = partial(on_the_fly, harvester, documents=documents)
+    whole = make()
     seen, positions = [], []
     for t, batch in enumerate(itertools.islice(whole.batches(), 18)):
         seen.append(batch)
         positions.append(json.loads(json.dumps(whole.position(t))))
     for start in [0, 1, 3, 4, 7, 11, 12, 17]:
         position = positions[start] if with_position else None
-        fresh = on_the_fly(harvester).batches(start, position)
+        fresh = make().batches(start, position)
         for again, before in zip(fresh, seen[start:], strict=False):
             assert equal(again, before)
-    different = next(on_the_fly(harvester, seed=1).batches())
+    different = next(make(seed=1).batches())
     assert not equal(different, seen[0])
 
 
@@ -147,6 +162,9 @@ def test_on_the_fly_refuses_what_cannot_be(harvester):
         stream.position(99)
     with pytest.raises(ValueError, match="position is that of group 0"):
         next(stream.batches(BUFFER // BATCH, stream.position(0)))
+    other = on_the_fly(harvester, documents=toy_documents(39))
+    with pytest.raises(ValueError, match="position belongs to another text"):
+        next(other.batches(0, stream.position(0)))
 
 
 def test_a_stream_that_ends_ends(harvester):
@@ -173,7 +191,7 @@ def test_a_harvest_stores_rows_and_where_they_come_from(folder, one_by_one, lm):
 
 
 def test_bfloat16_shards_are_the_rounded_rows(harvester, folder, tmp_path):
-    run_harvest(tmp_path, harvester._replace(dtype="bfloat16"))
+    run_harvest(tmp_path, replace(harvester, dtype="bfloat16"))
     exact = Shards(folder).rows(np.arange(50), SITES)
     rounded = Shards(tmp_path).rows(np.arange(50), SITES)
     for site in SITES:
@@ -185,7 +203,7 @@ def test_bfloat16_shards_are_the_rounded_rows(harvester, folder, tmp_path):
 
 
 def test_a_harvest_is_extended_as_if_it_had_never_stopped(harvester, folder, tmp_path):
-    for rows in (20, 33, 50):
+    for rows in (20, 33, 10, 50):
         run_harvest(tmp_path, harvester, rows)
     assert [e.rows for e in Shards(tmp_path).manifest["shards"]] == [20, 13, 17]
     index = np.arange(50)
@@ -263,6 +281,10 @@ def test_from_shards_resumes_everywhere(folder):
     assert not equal(
         next(FromShards(Shards(folder), batch=12, seed=6).batches()), seen[0]
     )
+    position = json.loads(json.dumps(make().position(3)))
+    assert equal(next(make().batches(3, position)), seen[3])
+    with pytest.raises(ValueError, match=r"belongs to other shards, or .* has grown"):
+        next(make().batches(3, position | {"rows": 49}))
 
 
 def damage_size(path):
@@ -316,10 +338,10 @@ def test_a_shard_of_another_harvest_is_refused(folder, harvester, tmp_path):
 def test_a_harvest_does_not_go_on_with_other_settings(harvester, tmp_path):
     run_harvest(tmp_path, harvester, 20)
     with pytest.raises(ShardError, match="dtype was 'float32' and is 'bfloat16'"):
-        run_harvest(tmp_path, harvester._replace(dtype="bfloat16"), 40)
+        run_harvest(tmp_path, replace(harvester, dtype="bfloat16"), 40)
     other = FlaxLM.random(harvester.lm.config, seed=1)
     with pytest.raises(ShardError, match="weights was"):
-        run_harvest(tmp_path, harvester._replace(lm=other), 40)
+        run_harvest(tmp_path, replace(harvester, lm=other), 40)
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "file").touch()
     with pytest.raises(ShardError, match="is not empty and has no manifest"):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import train_lm
+from experiments import _counting, train_lm
 from sae_jax.lm.flax_lm import FlaxLM
 from sae_jax.text import corpus
 
@@ -31,7 +31,7 @@ def test_the_bigram_baseline_is_the_best_of_its_smoothings():
     tokens = random.integers(0, 7, 80).astype(np.int32)
     validation = random.integers(0, 7, (3, 9)).astype(np.int32)
     heldout = random.integers(0, 7, (4, 9)).astype(np.int32)
-    bigram, mix = train_lm.fit_bigram(tokens, validation, 7)
+    bigram, mix = _counting.fit_bigram(tokens, validation, 7)
     expected = naive_bigram(tokens, heldout, 7, mix)
     np.testing.assert_allclose(bigram(heldout).mean(), expected)
     best = naive_bigram(tokens, validation, 7, mix)
@@ -41,7 +41,7 @@ def test_the_bigram_baseline_is_the_best_of_its_smoothings():
 
 
 def test_the_unigram_baseline_by_hand():
-    unigram = train_lm.fit_unigram(np.array([0, 0, 0, 1]), 3)
+    unigram = _counting.fit_unigram(np.array([0, 0, 0, 1]), 3)
     losses = unigram(np.array([[2, 0, 1, 2]]))
     np.testing.assert_allclose(losses, -np.log([[4 / 7, 2 / 7, 1 / 7]]))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sae_jax.activations.shards import Shards
+from sae_jax.activations.shards import Shards, identity
 
 
 class FromShards:
@@ -55,14 +55,23 @@ class FromShards:
     def batches(
         self, start: int = 0, position: Any = None
     ) -> Iterator[dict[str, Float[Array, "B D"]]]:
-        """Batches from number `start` on, without end; `position` is not needed."""
+        """Batches from number `start` on, without end.
+
+        The `position` of an earlier run is only compared: same shards, as many rows.
+        """
+        if position is not None and position != self.position(start):
+            raise ValueError(
+                f"the position belongs to other shards, or {self.shards.folder} has "
+                f"grown: {position} then, {self.position(start)} now"
+            )
         rest = self._batches.slice(slice(start, None))
         for rows in rest.to_iter_dataset(grain.ReadOptions(num_threads=2)):
             yield jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), rows)
 
     def position(self, t: int) -> Any:
-        """Nothing: the number of a batch is enough to find it."""
-        return None
+        """What the shards are; the number of a batch is enough to find it."""
+        shards = self.shards
+        return {"rows": len(shards), "made_by": identity(shards.made_by)}
 
     def _read(self, index: np.ndarray) -> dict[str, np.ndarray]:
         return self.shards.rows(index, self.sites)

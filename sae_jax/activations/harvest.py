@@ -67,8 +67,8 @@ def harvest(
     bar = tqdm(total=rows, initial=done, unit=" rows", unit_scale=True, desc="harvest")
     with bar:
         for number in itertools.count(len(manifest["shards"])):
-            if size != min(rows_per_shard, rows - done):
-                size = min(rows_per_shard, rows - done)
+            if size != min(rows_per_shard, max(rows - done, 0)):
+                size = min(rows_per_shard, max(rows - done, 0))
                 stream = blocks(documents, tokenizer, packing, size, place)
             block = next(stream, None) if size else None
             if block is None:
@@ -91,7 +91,7 @@ def harvest(
 def start(folder: Path, made_by: dict[str, Any]) -> dict[str, Any]:
     """A new manifest, or that of the run to resume; refuses another run's."""
     if not (folder / MANIFEST).exists():
-        if any(folder.iterdir()):
+        if any(path.suffix != ".unfinished" for path in folder.iterdir()):
             raise ShardError(
                 f"{folder} is not empty and has no {MANIFEST}; harvest into an empty "
                 f"folder, so that no shard of another run is mixed in"

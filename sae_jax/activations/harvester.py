@@ -1,7 +1,8 @@
 """From a block of text to the activations of its rows, on the device."""
 
-from functools import partial
-from typing import Any, NamedTuple
+import dataclasses
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from jaxtyping import Array, Float
 from sae_jax.text.blocks import Block
 
 
-class Harvester(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Harvester:
     """A language model, the sites to read in one pass, and how many contexts at once.
 
     `lm` is any source: what is used of it is `run` and `width`.
@@ -22,7 +24,7 @@ class Harvester(NamedTuple):
     contexts_per_pass: int = 16
     dtype: str = "float32"
 
-    @property
+    @cached_property
     def widths(self) -> dict[str, int]:
         """The width of each site."""
         return {site: self.lm.width(site) for site in self.sites}

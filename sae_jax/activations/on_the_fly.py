@@ -53,6 +53,7 @@ class OnTheFly:
             )
         self.harvester, self.batch, self.buffer = harvester, batch, buffer
         self._blocks = partial(blocks, documents, tokenizer, packing, buffer)
+        self._text = documents.fingerprint()
         self._key = jax.random.key(seed)
         self._places: dict[int, Place | None] = {0: None}
 
@@ -73,6 +74,7 @@ class OnTheFly:
         group, index = divmod(start, self.buffer // self.batch)
         first, place = 0, None
         if position is not None:
+            self._require_same_text(position["text"])
             first, place = position["group"], position["place"]
             if first != group:
                 raise ValueError(
@@ -95,6 +97,7 @@ class OnTheFly:
             del rows
             for i in range(index, self.buffer // self.batch):
                 yield _slice(mixed, i, self.batch)
+            del mixed
             index = 0
 
     def position(self, t: int) -> Any:
@@ -109,7 +112,19 @@ class OnTheFly:
                 f"{sorted(self._places)} of {self.buffer // self.batch} batches"
             )
         place = self._places[group]
-        return {"group": group, "place": list(place) if place is not None else None}
+        return {
+            "text": self._text,
+            "group": group,
+            "place": list(place) if place is not None else None,
+        }
+
+    def _require_same_text(self, before: str) -> None:
+        if before != self._text:
+            raise ValueError(
+                "the position belongs to another text: other files or rows than now; a "
+                "run goes on only with the text (and the Python, for 'embedded') that "
+                "it began with"
+            )
 
 
 class _Order(NamedTuple):
