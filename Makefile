@@ -7,13 +7,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install lint test test-slow parity lock clean
+.PHONY: help install lint test test-slow parity bench-lm lock clean
 
 help:
 	@echo "make install    build .venv from nothing (idempotent)"
 	@echo "make test       lint, types, import layers, whole test suite"
 	@echo "make test-slow  the tests that train for more than seconds"
 	@echo "make parity DIR=folder  replay recorded runs of the Top-AFA authors' code"
+	@echo "make bench-lm   speed of reading activations, beside TransformerLens and PyTorch"
 	@echo "make lock       renew requirements.lock from what is installed"
 
 install: $(STAMP)
@@ -38,6 +39,18 @@ test: lint
 test-slow: install
 	$(PYTEST) -m slow -rP
 
+PEERS := .venv-peers
+PEERS_PYTHON ?= python3.11
+
+$(PEERS)/.installed:
+	$(PEERS_PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==2.13.0 transformer_lens==3.2.1 'transformers<5'
+	@touch $@
+
+bench-lm: install $(PEERS)/.installed
+	$(BIN)/python launch.py --experiment=bench_lm
+
 DIR ?= tests/golden
 parity: install
 	$(BIN)/python -m tests.parity $(DIR)
@@ -47,4 +60,4 @@ lock: install
 	  > requirements.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache

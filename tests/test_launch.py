@@ -1,15 +1,10 @@
 """The command line: manuals, refusals, and a whole harvest."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-from sae_jax.activations import Shards
-from sae_jax.text import corpus
 
 ROOT = Path(__file__).parent.parent
 

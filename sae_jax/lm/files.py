@@ -47,7 +47,7 @@ def from_hub(name: str, weights: bool) -> Path:
         if weights and not any(folder.glob("model*.safetensors")):
             folder = fetch([*PATTERNS, "flax_model.msgpack"])
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise FileNotFoundError(
             f"lm={name!r} is no folder here and could not be fetched from the Hugging "
             f"Face hub: {reason} Give a local folder in the Hugging Face layout, or "

@@ -18,8 +18,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
+from transformers.utils import ModelOutput
 
 from sae_jax.lm.edits import Edit, add
 from sae_jax.lm.files import fingerprint, model_folder
@@ -113,7 +115,7 @@ class FlaxLM:
         """
         write = dict(write or {})
         read = tuple(read)
-        taps = {s: tap(s, self.family, self.n_layers) for s in {*read, *write}}
+        taps = {s: tap(s, self.family, self.n_layers) for s in (*read, *write)}
         visit = Visit(taps, read, write)
 
         def intercept(call, args, kwargs, context):
@@ -121,6 +123,9 @@ class FlaxLM:
             if context.method_name != "__call__" or module not in visit.modules:
                 return call(*args, **kwargs)
             result = call(visit.enter(module, args[0]), *args[1:], **kwargs)
+            if isinstance(result, ModelOutput):  # a frozen dataclass in Flax
+                first = next(iter(result))
+                changed = {first: visit.leave(module, result[first])})
             if isinstance(result, tuple):
                 return (visit.leave(module, result[0]), *result[1:])
             return visit.leave(module, result)
@@ -147,7 +152,7 @@ class FlaxLM:
         losses: bool = False,
     ) -> Run:
         """`forward`, compiled, with the model's own weights."""
-        self._require_length(tokens)
+        self._require_fit(tokens)
         return self._compiled(
             self.params, tokens, tuple(read), dict(write or {}), logits, losses
         )
@@ -165,7 +170,7 @@ class FlaxLM:
         A sum, so that a row's gradient does not depend on how many rows beside it are
         harvested. `weights` multiplies the losses, for example with 0 at padding.
         """
-        self._require_length(tokens)
+        self._require_fit(tokens)
         return self._compiled_gradients(
             self.params, tokens, tuple(sites), dict(write or {}), weights
         )
@@ -198,11 +203,17 @@ class FlaxLM:
 
         return jax.jit(gradients, static_argnums=2)
 
-    def _require_length(self, tokens: Tokens) -> None:
+    def _require_fit(self, tokens: Tokens) -> None:
         if tokens.shape[-1] > self.context:
             raise ValueError(
                 f"tokens of length {tokens.shape[-1]} pass the context of "
                 f"{self.name!r}, which is {self.context}"
+            )
+        # Not of arrays on a device, which would have to be waited for.
+        if isinstance(tokens, np.ndarray) and tokens.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"token {tokens.max()} is outside the vocabulary of {self.name!r}, "
+                f"{self.config.vocab_size}: is it another model's tokenizer?"
             )
 
 

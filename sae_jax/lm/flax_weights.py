@@ -76,8 +76,10 @@ READS = {
         },
     ),
     "gemma": Reads(
-        LLAMA_LIKE | {"head_dim", "hidden_activation"},
+        (LLAMA_LIKE - {"hidden_act"}) | {"head_dim", "hidden_activation"},
         {
+            # PyTorch reads this one, Flax the other.
+            "hidden_act": "gelu_pytorch_tanh",
             "rope_theta": 10000.0,
             "rope_scaling": None,
             "use_bidirectional_attention": None,
@@ -91,7 +93,8 @@ HARMLESS = frozenset(
     "eos_token_id pad_token_id use_cache torch_dtype dtype transformers_version "
     "task_specific_params return_dict output_attentions output_hidden_states "
     "summary_type summary_use_proj summary_activation summary_proj_to_labels "
-    "summary_first_dropout _name_or_path tokenizer_class".split()
+    "summary_first_dropout _name_or_path tokenizer_class n_special id2label label2id "
+    "predict_special_tokens output_past _num_labels gradient_checkpointing".split()
 )
 # Stored beside the weights by PyTorch: causal masks and rotary frequencies.
 BUFFERS = (
@@ -147,8 +150,8 @@ def load_params(folder: Path, model: FlaxPreTrainedModel) -> dict:
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         files = sorted({folder / name for name in index["weight_map"].values()})
     else:
-        files = [folder / "model.safetensors"]
-    if files[0].exists():
+        files = list(folder.glob("model.safetensors"))
+    if files:
         params = from_pytorch(files, shapes, model.base_model_prefix)
     elif (folder / "flax_model.msgpack").exists():
         raw = (folder / "flax_model.msgpack").read_bytes()

@@ -3,16 +3,17 @@
 `place.layer`, layers counted from 0:
 
     resid_pre.L    the residual stream before block L           [B, T, width]
-    resid_mid.L    after attention was added                    [B, T, width]
-    resid_post.L   after block L                                [B, T, width]
-    attn_out.L     what attention adds                          [B, T, width]
     head_out.L     the heads' outputs side by side, before the output projection:
                    head h is columns [h d_head, (h+1) d_head)   [B, T, heads d_head]
+    attn_out.L     what attention adds                          [B, T, width]
+    resid_mid.L    after attention was added                    [B, T, width]
     mlp_hidden.L   hidden units of the MLP, after the activation  [B, T, d_mlp]
     mlp_out.L      what the MLP adds                            [B, T, width]
+    resid_post.L   after block L                                [B, T, width]
 
 Anything else is named by its module and side: `transformer.h.3.ln_1:out`. A value read
-is what the layers after it see: if the same site is written, the written value.
+is what the layers after it see: if the same site is written, the written value. (What
+is written at resid_mid reaches them as a change of attn_out, with one rounding more.)
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ from sae_jax.checks import unknown
 Tokens = Int[Array | np.ndarray, "B T"]
 
 PLACES = (
-    "resid_pre", "attn_out", "head_out", "resid_mid", "mlp_hidden", "mlp_out",
+    "resid_pre", "head_out", "attn_out", "resid_mid", "mlp_hidden", "mlp_out",
     "resid_post",
 )  # fmt: skip
 
@@ -113,7 +114,7 @@ def tap(site: str, family: Family | None, n_layers: int) -> Tap:
     place, _, layer = site.partition(".")
     if place not in PLACES:
         raise ValueError(unknown("place", place, PLACES) + f" (site={site!r})")
-    if not layer.isdecimal() or int(layer) >= n_layers:
+    if layer not in map(str, range(n_layers)):
         raise ValueError(
             f"site={site!r} needs a layer from 0 to {n_layers - 1}, as in '{place}.0'"
         )
@@ -122,7 +123,7 @@ def tap(site: str, family: Family | None, n_layers: int) -> Tap:
             f"site={site!r}: attention and MLP of this model read the same input, so "
             f"nothing stands between them"
         )
-    block = f"{family.block}.{int(layer)}"
+    block = f"{family.block}.{layer}"
     below = {
         "resid_pre": Tap(block, "in"),
         "resid_post": Tap(block, "out"),
@@ -153,29 +154,30 @@ class Visit:
         self.values: dict[str, Any] = {}
         self.seen: set[str] = set()
         self._inputs: dict[str, Any] = {}
-        self._by_side: dict[tuple[str, str], list[str]] = {}
+        self._at: dict[tuple[str, str], list[str]] = {}
         for site, t in taps.items():
-            self._by_side.setdefault((t.module, t.side), []).append(site)
+            self._at.setdefault((t.module, t.side), []).append(site)
         self.modules = {t.module for t in taps.values()} | {
             t.base for t in taps.values() if t.base
         }
 
     def enter(self, module: str, x: Any) -> Any:
         """`x`, or what an edit made of it."""
-        for site in self._by_side.get((module, "in"), ()):
-            x = self._visit(site, x)
+        x = self._edit((module, "in"), x)
+        self._record((module, "in"), x)
         self._inputs[module] = x
         return x
 
     def leave(self, module: str, y: Any) -> Any:
         """`y`, or what an edit made of it."""
-        for site in self._by_side.get((module, "out"), ()):
-            y = self._visit(site, y)
-        for site in self._by_side.get((module, "sum"), ()):
+        y = self._edit((module, "out"), y)
+        self._record((module, "out"), y)
+        for site in self._at.get((module, "sum"), ())[:1]:
             base = self._inputs[self.taps[site].base]
-            total = self._visit(site, y + base)
-            if site in self.write:
+            total = self._edit((module, "sum"), y + base)
+            if not self.write.keys().isdisjoint(self._at[module, "sum"]):
                 y = total - base
+            self._record((module, "sum"), y + base)
         return y
 
     @property
@@ -183,13 +185,18 @@ class Visit:
         """Whether every site was reached, so that the rest of the model is idle."""
         return self.seen == set(self.taps)
 
-    def _visit(self, site: str, value: Any) -> Any:
-        self.seen.add(site)
-        if site in self.write:
-            value = self.write[site](value)
-        if site in self.read:
-            self.values[site] = value
+    def _edit(self, point: tuple[str, str], value: Any) -> Any:
+        for site in self._at.get(point, ()):
+            if site in self.write:
+                value = self.write[site](value)
         return value
+
+    def _record(self, point: tuple[str, str], value: Any) -> None:
+        """After all edits, so that two names of one point read the same."""
+        for site in self._at.get(point, ()):
+            self.seen.add(site)
+            if site in self.read:
+                self.values[site] = value
 
     def require_all_seen(self) -> None:
         """Refuses sites whose module the model never called."""
