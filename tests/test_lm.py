@@ -295,3 +295,15 @@ def test_parallel_families_have_no_resid_mid_and_unknown_ones_no_places():
     with pytest.raises(ValueError, match="places of this model have no names; name a"):
         tap("resid_pre.0", family_of(SimpleNamespace(model_type="other")), 2)
     assert tap("a.b:out", None, 2) == ("a.b", "out", "")
+
+
+def test_modules_that_give_several_things_are_read_by_the_first(lm, tokens, plain):
+    values = lm.run(tokens, read=("transformer:out", "transformer.ln_f:out")).values
+    np.testing.assert_array_equal(*values.values())
+    written = {"transformer:out": ablate()}
+    assert not lm.run(tokens, write=written, logits=True).logits.any()
+
+
+def test_tokens_outside_the_vocabulary_are_refused(lm):
+    with pytest.raises(ValueError, match=f"token {VOCAB} is outside the vocabulary"):
+        lm.run(np.full((1, 2), VOCAB, np.int32), losses=True)

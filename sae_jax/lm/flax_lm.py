@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -122,10 +122,11 @@ class FlaxLM:
             module = ".".join(context.module.path)
             if context.method_name != "__call__" or module not in visit.modules:
                 return call(*args, **kwargs)
-            result = call(visit.enter(module, args[0]), *args[1:], **kwargs)
-            if isinstance(result, ModelOutput):  # a frozen dataclass in Flax
+            result: Any = call(visit.enter(module, args[0]), *args[1:], **kwargs)
+            if isinstance(result, ModelOutput):
                 first = next(iter(result))
-                changed = {first: visit.leave(module, result[first])})
+                value = visit.leave(module, result[first])
+                return dataclasses.replace(cast(Any, result), **{first: value})
             if isinstance(result, tuple):
                 return (visit.leave(module, result[0]), *result[1:])
             return visit.leave(module, result)
