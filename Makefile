@@ -55,9 +55,11 @@ DIR ?= tests/golden
 parity: install
 	$(BIN)/python -m tests.parity $(DIR)
 
+# Not pinned: PyTorch, which each machine needs another build of, and what it brings.
+TORCHS_OWN = torch|sympy|mpmath|networkx|jinja2|markupsafe|setuptools
 lock: install
-	$(BIN)/python -m pip freeze --exclude-editable --exclude sae_jax --exclude torch \
-	  > requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable --exclude sae_jax \
+	  | grep -viE '^($(TORCHS_OWN))==' > requirements.lock
 
 clean:
 	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache

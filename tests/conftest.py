@@ -1,3 +1,4 @@
+import importlib.util
 from pathlib import Path
 
 import jax
@@ -21,6 +22,18 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """Says in the last lines what was not tested."""
+    result = yield
+    if importlib.util.find_spec("torch") is None:
+        terminalreporter.section("NOT TESTED: the PyTorch source, sae_jax.lm.torch_lm")
+        terminalreporter.write_line(
+            "To test it: .venv/bin/pip install -c requirements.lock torch==2.13.0"
+        )
+    return result
 
 
 @pytest.fixture

@@ -194,6 +194,8 @@ class Visit:
     def _record(self, point: tuple[str, str], value: Any) -> None:
         """After all edits, so that two names of one point read the same."""
         for site in self._at.get(point, ()):
+            if site in self.seen:
+                raise ValueError(f"site={site!r}: the model calls {point[0]} twice")
             self.seen.add(site)
             if site in self.read:
                 self.values[site] = value
