@@ -4,7 +4,8 @@ Shows: a byte-level BPE tokenizer and a language model from nothing; its held-ou
 beside a unigram and a smoothed bigram model of the same tokens.
 
 Command:  python launch.py --experiment=train_lm
-Hardware: 2 CPU cores, HOURS; README beside the model: figures and samples.
+Hardware: 2 CPU cores, about an hour; README beside the model: figures and samples.
+Expected: held out 3.15 nats per token (bigram 4.65, unigram 6.60), Python 3.11's files.
 Leaves:   out/model (Hugging Face layout, bfloat16), out/loss.jsonl, out/report.json,
           out/loss.png, out/checkpoints (a killed run goes on from the last one).
 """

@@ -27,20 +27,25 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 @functools.cache
 def examples():
-    """The names that the README's examples leave behind, run in their order."""
+    """The names that exist after each of the README's examples, run in their order."""
     names: dict = {}
+    after = []
     for block in BLOCKS:
         exec(block, names)
-    return names
+        after.append(dict(names))
+    return after
 
 
 def test_the_examples_run_and_do_what_they_say(capsys):
-    assert len(BLOCKS) == 2
-    names = examples()
+    trained, read, ruled = examples()
     assert "'nmse'" in capsys.readouterr().out
-    assert names["metrics"]["nmse"] < 0.2
-    assert names["x_hat"].shape == (4096, 64)
-    mine, x = names["mine"], names["activations"]
+    assert trained["metrics"]["nmse"] < 0.2
+    assert trained["x_hat"].shape == (4096, 64)
+    assert read["plain"].values["head_out.1"].shape == (*read["tokens"].shape, 192)
+    assert read["plain"].losses.mean() < read["without"].losses.mean()
+    assert read["gradients"]["resid_post.2"].any()
+    assert read["metrics"]["nmse"] < 0.6
+    mine, x = ruled["mine"], ruled["activations"]
     active = mine.encode(mine.init(jax.random.key(0)), x)
     assert (active.max(1) > 0).mean() > 0.98
     kept = jnp.where(active > 0, active, jnp.inf).min(1)
@@ -54,7 +59,10 @@ def test_the_example_rule_passes_what_every_rule_passes(check):
     check(bind(rule, rule.example))
 
 
-@pytest.mark.parametrize("target", ["install", "test", "test-slow", "parity", "lock"])
+@pytest.mark.parametrize(
+    "target",
+    ["install", "test", "test-slow", "parity", "lock", "bench-lm"],
+)
 def test_every_make_target_that_is_named_exists(target):
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
     assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
