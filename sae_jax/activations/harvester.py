@@ -2,13 +2,13 @@
 
 import dataclasses
 from functools import cached_property, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sae_jax.lm.source import Source
 from sae_jax.text.blocks import Block
 
 
@@ -19,7 +19,7 @@ class Harvester:
     `lm` is any source: what is used of it is `run` and `width`.
     """
 
-    lm: Any
+    lm: Source
     sites: tuple[str, ...]
     contexts_per_pass: int = 16
     dtype: str = "float32"

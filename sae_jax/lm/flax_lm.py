@@ -26,11 +26,12 @@ from transformers.utils import ModelOutput
 from sae_jax.lm.edits import Edit, add
 from sae_jax.lm.files import fingerprint, model_folder
 from sae_jax.lm.flax_weights import build, load_config, load_params
-from sae_jax.lm.sites import Family, Run, Tokens, Visit, family_of, site_names, tap
+from sae_jax.lm.sites import Run, Tokens, Visit
+from sae_jax.lm.source import Source
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FlaxLM:
+class FlaxLM(Source):
     """A causal language model: its module and family; `params` travel beside.
 
     Attributes:
@@ -70,26 +71,6 @@ class FlaxLM:
         """A checksum of the weights: whether two models are the same."""
         return fingerprint(self.params)
 
-    @property
-    def family(self) -> Family | None:
-        """The names of its modules."""
-        return family_of(self.config)
-
-    @property
-    def n_layers(self) -> int:
-        """How many blocks it has."""
-        return self.config.num_hidden_layers
-
-    @property
-    def context(self) -> int:
-        """The longest context it was built for."""
-        return self.config.max_position_embeddings
-
-    @property
-    def sites(self) -> list[str]:
-        """All named sites, in the model's order."""
-        return site_names(self.family, self.n_layers)
-
     def width(self, site: str) -> int:
         """The last dimension of a site's value."""
         tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
@@ -108,15 +89,10 @@ class FlaxLM:
         logits: bool = False,
         losses: bool = False,
     ) -> Run:
-        """The pure function: tokens in, the values of sites out.
-
-        Every position is attended to by the later ones of its row; contexts that end
-        early are padded on the right, which no earlier position sees.
-        """
+        """The pure function: tokens in, the values of sites out; see `Source.run`."""
         write = dict(write or {})
         read = tuple(read)
-        taps = {s: tap(s, self.family, self.n_layers) for s in (*read, *write)}
-        visit = Visit(taps, read, write)
+        visit = Visit(self.taps((*read, *write)), read, write)
 
         def intercept(call, args, kwargs, context):
             module = ".".join(context.module.path)
@@ -153,7 +129,7 @@ class FlaxLM:
         losses: bool = False,
     ) -> Run:
         """`forward`, compiled, with the model's own weights."""
-        self._require_fit(tokens)
+        self.require_fit(tokens)
         return self._compiled(
             self.params, tokens, tuple(read), dict(write or {}), logits, losses
         )
@@ -164,14 +140,10 @@ class FlaxLM:
         sites: Iterable[str],
         *,
         write: Mapping[str, Edit] | None = None,
-        weights: Float[Array, "B T-1"] | None = None,
+        weights: Float[Array | np.ndarray, "B T-1"] | None = None,
     ) -> tuple[Run, dict[str, Array]]:
-        """The gradients, at sites, of the sum of all next-token losses.
-
-        A sum, so that a row's gradient does not depend on how many rows beside it are
-        harvested. `weights` multiplies the losses, for example with 0 at padding.
-        """
-        self._require_fit(tokens)
+        """See `Source`."""
+        self.require_fit(tokens)
         return self._compiled_gradients(
             self.params, tokens, tuple(sites), dict(write or {}), weights
         )
@@ -203,19 +175,6 @@ class FlaxLM:
             return run, grads
 
         return jax.jit(gradients, static_argnums=2)
-
-    def _require_fit(self, tokens: Tokens) -> None:
-        if tokens.shape[-1] > self.context:
-            raise ValueError(
-                f"tokens of length {tokens.shape[-1]} pass the context of "
-                f"{self.name!r}, which is {self.context}"
-            )
-        # Not of arrays on a device, which would have to be waited for.
-        if isinstance(tokens, np.ndarray) and tokens.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"token {tokens.max()} is outside the vocabulary of {self.name!r}, "
-                f"{self.config.vocab_size}: is it another model's tokenizer?"
-            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 
 from sae_jax.lm.edits import Edit
 from sae_jax.lm.files import fingerprint, model_folder
-from sae_jax.lm.sites import Family, Run, Tokens, Visit, family_of, site_names, tap
+from sae_jax.lm.sites import Run, Tokens, Visit
+from sae_jax.lm.source import Source
 
 try:
     import torch
@@ -37,7 +38,7 @@ from sae_jax.lm.torch_hooks import Complete, hooked
 BUFFERS = ("attn.bias", "attention.bias", ".masked_bias", ".inv_freq")
 
 
-class TorchLM:
+class TorchLM(Source):
     """A causal language model of transformers.
 
     Attributes:
@@ -91,26 +92,6 @@ class TorchLM:
         """A checksum of the weights: whether two models are the same."""
         return fingerprint({k: to_jax(v) for k, v in self.model.named_parameters()})
 
-    @property
-    def family(self) -> Family | None:
-        """The names of its modules."""
-        return family_of(self.config)
-
-    @property
-    def n_layers(self) -> int:
-        """How many blocks it has."""
-        return self.config.num_hidden_layers
-
-    @property
-    def context(self) -> int:
-        """The longest context it was built for; huge where positions have no end."""
-        return getattr(self.config, "max_position_embeddings", None) or 2**31 - 1
-
-    @property
-    def sites(self) -> list[str]:
-        """All named sites, in the model's order."""
-        return site_names(self.family, self.n_layers)
-
     def width(self, site: str) -> int:
         """The last dimension of a site's value."""
         return self.run(np.zeros((1, 2), np.int32), read=(site,)).values[site].shape[-1]
@@ -124,11 +105,7 @@ class TorchLM:
         logits: bool = False,
         losses: bool = False,
     ) -> Run:
-        """One pass; ends at the last site if neither logits nor losses are asked for.
-
-        Every position is attended to by the later ones of its row; contexts that end
-        early are padded on the right, which no earlier position sees.
-        """
+        """See `Source`; ends at the last site if nothing behind it is asked for."""
         read, inputs = tuple(read), self._inputs(tokens)
         edits = {s: partial(_Edited.apply, edit) for s, edit in (write or {}).items()}
         with torch.inference_mode(False), torch.no_grad():
@@ -147,11 +124,7 @@ class TorchLM:
         write: Mapping[str, Edit] | None = None,
         weights: Float[Array | np.ndarray, "B T-1"] | None = None,
     ) -> tuple[Run, dict[str, Array]]:
-        """The gradients, at sites, of the sum of all next-token losses.
-
-        A sum, so that a row's gradient does not depend on how many rows beside it are
-        harvested. `weights` multiplies the losses, for example with 0 at padding.
-        """
+        """See `Source`."""
         sites, inputs = tuple(sites), self._inputs(tokens)
         edits = {s: partial(_Edited.apply, edit) for s, edit in (write or {}).items()}
         at: dict[str, torch.Tensor] = {}
@@ -174,16 +147,7 @@ class TorchLM:
 
     def _inputs(self, tokens: Tokens) -> torch.Tensor:
         ids = np.asarray(tokens).astype(np.int64, casting="safe")
-        if ids.shape[-1] > self.context:
-            raise ValueError(
-                f"tokens of length {ids.shape[-1]} pass the context of "
-                f"{self.name!r}, which is {self.context}"
-            )
-        if ids.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"token {ids.max()} is outside the vocabulary of {self.name!r}, "
-                f"{self.config.vocab_size}: is it another model's tokenizer?"
-            )
+        self.require_fit(ids)
         if self.model.training:
             raise ValueError(f"{self.name!r} trains (dropout): call model.eval() first")
         return torch.from_numpy(ids).to(self.model.device)
@@ -197,7 +161,7 @@ class TorchLM:
         to_end: bool,
     ) -> tuple[Visit, Any]:
         """The visit, and the logits if the model ran to its end."""
-        taps = {s: tap(s, self.family, self.n_layers) for s in (*read, *write)}
+        taps = self.taps((*read, *write))
         modules = dict(self.model.named_modules(remove_duplicate=False))
         absent = {site: t for site, t in taps.items() if t.module not in modules}
         Visit(absent, (), {}).require_all_seen()

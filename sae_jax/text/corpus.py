@@ -7,6 +7,7 @@ side on another machine and in another Python version.
 
 import ast
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,17 +40,22 @@ def names(part: str, root: Path | None = None) -> list[str]:
         raise ValueError(f"part={part!r} is none of {', '.join(PARTS)}")
     root = root or library()
     found = []
-    for path in root.rglob("*"):
-        name = path.relative_to(root)
-        if path.suffix not in SUFFIXES or LEFT_OUT.intersection(name.parts):
-            continue
-        if any(piece.startswith(LEFT_OUT_STARTS) for piece in name.parts):
-            continue
-        found.append(name.as_posix())
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = filter(wanted, subfolders)
+        found += [
+            Path(folder, file).relative_to(root).as_posix()
+            for file in files
+            if file.endswith(SUFFIXES) and wanted(file)
+        ]
     if TOPICS in found:
         found.remove(TOPICS)
         found += [f"{TOPICS}#{topic}" for topic in topics(root)]
     return sorted(name for name in found if part_of(name) == part)
+
+
+def wanted(name: str) -> bool:
+    """Whether a file or folder of this name is part of the corpus."""
+    return name not in LEFT_OUT and not name.startswith(LEFT_OUT_STARTS)
 
 
 def read(name: str, root: Path | None = None) -> str:
