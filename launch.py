@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 ROOT = Path(__file__).parent
 EXPERIMENTS = sorted(
@@ -99,6 +99,7 @@ def entry(argv: list[str]) -> None:
             path = ROOT / "experiments" / f"{name}.py"
             doc += f"\n  {name:14} {path.read_text().split('.', 1)[0][3:]}"
     sys.modules["__main__"].__doc__ = doc
+    logging.set_verbosity(logging.WARNING)  # of the libraries; --verbosity changes it
     app.run(main, argv=argv)
 
 
