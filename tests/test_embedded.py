@@ -38,12 +38,13 @@ def test_its_tokenizer_loses_nothing():
 
 
 def test_it_models_text_that_it_has_not_seen():
-    """Better by far than counting; and the loss that the report gives is its loss."""
+    """Better by far than counting, whatever Python the held-out files are of."""
     nats = REPORT["nats_per_token"]
     assert nats["model"] < nats["bigram"] - 1 < nats["unigram"] - 2
     lm, tokenizer = FlaxLM.load(), load_tokenizer()
     packing = Packing(length=256, repeat=False)
     stream = contexts(open_documents(part="heldout"), tokenizer, packing)
-    rows = np.stack([context.tokens for context in itertools.islice(stream, 64)])
+    every_tenth = itertools.islice(stream, 0, None, 10)
+    rows = np.stack([context.tokens for context in every_tenth])
     found = float(lm.run(rows, losses=True).losses.mean())
     assert abs(found - nats["model"]) < 0.35

@@ -158,9 +158,11 @@ def test_the_hub_offline_fails_at_once_and_names_the_local_way(monkeypatch, tmp_
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    huggingface_hub.utils.reset_sessions()  # one made before would not be offline
     message = "'no/such' is no folder .* local folder .*, or lm='embedded', which"
     with pytest.raises(FileNotFoundError, match=message):
         FlaxLM.load("no/such")
+    huggingface_hub.utils.reset_sessions()
 
 
 @pytest.mark.parametrize("reason", ["", "no route to host"])
