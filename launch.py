@@ -88,7 +88,8 @@ def value(name: str) -> Any:
 def entry(argv: list[str]) -> None:
     """Finds the experiment, defines its flags, and hands over to absl."""
     flags.DEFINE_enum("experiment", None, EXPERIMENTS, "which experiment to run")
-    chosen = [a.split("=", 1)[1] for a in argv if a.startswith("--experiment=")]
+    joined = " ".join(argv).replace("--experiment ", "--experiment=").split()
+    chosen = [a.split("=", 1)[1] for a in joined if a.startswith("--experiment=")]
     doc = __doc__ or ""
     if chosen and chosen[-1] in EXPERIMENTS:
         experiment = load(chosen[-1])

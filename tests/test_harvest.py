@@ -1,6 +1,5 @@
 """The harvest, its shards, and the batches that are drawn from them."""
 
-import errno
 import itertools
 import json
 import os
@@ -15,6 +14,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from sae_jax.activations import FromShards, Shards
 from sae_jax.activations import shards as shards_module
@@ -213,6 +213,24 @@ def test_a_harvest_does_not_go_on_with_other_settings(tmp_path):
         run_harvest(tmp_path / "else")
 
 
+def test_a_damaged_shard_is_written_again_as_its_message_says(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "shard-00001.safetensors").unlink()
+    run_harvest(tmp_path / "copy")
+    index = np.arange(50)
+    again, before = Shards(tmp_path / "copy"), Shards(folder)
+    assert equal(again.rows(index, SITES), before.rows(index, SITES))
+
+
+def test_only_a_few_batches_are_read_ahead(folder, monkeypatch):
+    shards, calls = Shards(folder), []
+    real = shards.rows
+    monkeypatch.setattr(shards, "rows", lambda *a: calls.append(1) or real(*a))
+    next(FromShards(shards, batch=10).batches())
+    time.sleep(1)
+    assert len(calls) < 12
+
+
 def test_a_full_disk_keeps_what_is_written(folder, tmp_path, monkeypatch):
     with pytest.raises(ShardError, match="harvest fewer rows or sites"):
         run_harvest(tmp_path, free=lambda path: 1000)
@@ -221,7 +239,7 @@ def test_a_full_disk_keeps_what_is_written(folder, tmp_path, monkeypatch):
     def full(arrays, path, metadata):
         real(arrays, path, metadata)
         if next(calls) == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise SafetensorError("I/O error: No space left (os error 28)")
 
     monkeypatch.setattr(shards_module, "save_file", full)
     with pytest.raises(ShardError, match="20 rows are safe"):

@@ -307,3 +307,5 @@ def test_modules_that_give_several_things_are_read_by_the_first(lm, tokens, plai
 def test_tokens_outside_the_vocabulary_are_refused(lm):
     with pytest.raises(ValueError, match=f"token {VOCAB} is outside the vocabulary"):
         lm.run(np.full((1, 2), VOCAB, np.int32), losses=True)
+    with pytest.raises(ValueError, match="token -100 is outside the vocabulary"):
+        lm.run(np.full((1, 2), -100, np.int32), losses=True)

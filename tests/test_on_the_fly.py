@@ -108,8 +108,26 @@ def test_on_the_fly_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="position is that of group 0"):
         next(stream.batches(BUFFER // BATCH, stream.position(0)))
     other = on_the_fly(documents=toy_documents(39))
-    with pytest.raises(ValueError, match="position belongs to another text"):
+    with pytest.raises(ValueError, match="belongs to another stream: text was"):
         next(other.batches(0, stream.position(0)))
+
+
+def test_positions_of_other_settings_are_refused_and_new_ones_known_at_once():
+    stream = on_the_fly()
+    next(stream.batches())
+    position = json.loads(json.dumps(stream.position(0)))
+    for changes, name in (
+        ({"seed": 1}, "seed"),
+        ({"packing": PACKING._replace(skip=1)}, "packing"),
+        ({"buffer": 2 * BUFFER}, "buffer"),
+    ):
+        with pytest.raises(ValueError, match=f"another stream: .*{name} was"):
+            on_the_fly(**changes).batches(0, position)
+    with pytest.raises(ValueError, match="start=-1 must not be negative"):
+        stream.batches(-1)
+    resumed = on_the_fly()
+    resumed.batches(2, position)
+    assert resumed.position(2) == position
 
 
 def test_a_stream_that_ends_ends():

@@ -125,6 +125,58 @@ def test_tables_stream_and_resume_within_and_after_an_epoch(tmp_path, suffix):
             np.testing.assert_array_equal(again.tokens, before.tokens)
 
 
+def test_streams_resume_again_and_again_within_long_documents(tmp_path):
+    """A new stream at every block, documents longer than a block."""
+    texts = [chr(97 + i % 26) * 300 for i in range(12)]
+    path = str(table(tmp_path, "jsonl", texts))
+    packing = Packing(16, repeat=False)
+
+    def fresh(place=None):
+        return blocks(open_documents(path, part="all"), TOKENS, packing, 64, place)
+
+    place = None
+    for block in fresh():
+        again = next(fresh(place))
+        np.testing.assert_array_equal(again.tokens, block.tokens)
+        place = Place(*json.loads(json.dumps(again.after)))
+    assert place is not None
+
+
+def test_documents_that_cannot_be_used(tmp_path):
+    path = table(tmp_path, "parquet", [None, "ab", None])
+    documents = open_documents(str(path), part="all")
+    assert [text for _, text in documents.read()] == ["", "ab", ""]
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"text": "a"}\n' * 3000 + "{nonsense\n")
+    with pytest.raises(ValueError, match=r"broken\.jsonl' cannot be read from row"):
+        open_documents(str(path), part="all")
+    folder = tmp_path / "latin"
+    folder.mkdir()
+    (folder / "bad.txt").write_bytes(b"\xe4\xf6")
+    (folder / ".hidden.txt").write_text("hidden")
+    documents = open_documents(str(folder), part="all")
+    with pytest.warns(UserWarning, match=r"bad\.txt is not UTF-8 and left out"):
+        assert [text for _, text in documents.read()] == [""]
+
+
+def test_files_of_a_split_are_told_by_their_names(tmp_path, as_users):
+    for name in ("train-00000", "train-00001", "test-00000"):
+        data = datasets.Dataset.from_dict({"text": [name]})
+        data.to_parquet(tmp_path / f"{name}.parquet")
+    found = {
+        split: [t for _, t in open_documents(
+            str(tmp_path), part="all", split=split).read()]
+        for split in ("train", "test")
+    }  # fmt: skip
+    assert found == {"train": ["train-00000", "train-00001"], "test": ["test-00000"]}
+    with pytest.raises(ValueError, match=r"split='dev' .* is none of"):
+        open_documents(str(tmp_path), part="all", split="dev")
+    with pytest.raises(ValueError, match="subset='en': local files have none"):
+        open_documents(str(tmp_path), part="all", subset="en")
+    with pytest.raises(ValueError, match="part='al' is none of"):
+        open_documents(str(tmp_path), part="al")  # type: ignore[arg-type]
+
+
 def test_token_ids_are_taken_as_they_are(tmp_path):
     path = table(tmp_path, "parquet", [[BOS, 5, 6], [7, 8, 9, 10]], "input_ids")
     documents = open_documents(str(path), part="all", column="input_ids")
@@ -192,6 +244,19 @@ def test_text_without_tokens_is_refused():
     with pytest.raises(ValueError, match="holds no text"):
         next(contexts(documents, TOKENS, Packing(4)))
     assert list(contexts(documents, TOKENS, Packing(4, repeat=False))) == []
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_text_of_which_nothing_is_used_is_refused(tmp_path, join):
+    path = str(table(tmp_path, "parquet", [[BOS]], "ids"))
+    documents = open_documents(path, part="all", column="ids")
+    with pytest.raises(
+        ValueError, match=r"holds no text|no position of the whole text"
+    ):
+        next(blocks(documents, TOKENS, Packing(4, join=join), 8))
+    packing = Packing(24, join=False, skip=20)
+    with pytest.raises(ValueError, match="no position of the whole text is used"):
+        next(blocks(toy_documents(), TOKENS, packing, 8))
 
 
 def test_the_embedded_corpus_is_split_by_name_alone(tmp_path):

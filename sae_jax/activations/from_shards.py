@@ -15,6 +15,9 @@ from jaxtyping import Array, Float
 
 from sae_jax.activations.shards import Shards, identity
 
+# Batches read ahead; grain's own default would hold 500 in memory.
+READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
 
 class FromShards:
     """A stream of batches `{site: [batch, width]}` in float32.
@@ -65,7 +68,7 @@ class FromShards:
                 f"grown: {position} then, {self.position(start)} now"
             )
         rest = self._batches.slice(slice(start, None))
-        for rows in rest.to_iter_dataset(grain.ReadOptions(num_threads=2)):
+        for rows in rest.to_iter_dataset(READ_AHEAD):
             yield jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32), rows)
 
     def position(self, t: int) -> Any:

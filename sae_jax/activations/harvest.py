@@ -47,7 +47,7 @@ def harvest(
     `text` says in plain values what the documents are; a run is resumed only if it, the
     model, the sites and the packing are the same.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     made_by = {
         "lm": harvester.lm.name,
@@ -61,7 +61,7 @@ def harvest(
     manifest = start(folder, made_by)
     done = sum(entry.rows for entry in manifest["shards"])
     require_space(folder, harvester, rows - done, free(folder))
-    place = Place(*manifest["next"]) if manifest["next"] is not None else None
+    place = Place(*manifest["shards"][-1].next) if manifest["shards"] else None
     size = 0
     stream: Iterator[Block] = iter(())
     bar = tqdm(total=rows, initial=done, unit=" rows", unit_scale=True, desc="harvest")
@@ -75,14 +75,16 @@ def harvest(
                 break
             arrays = as_arrays(harvester, block)
             try:
-                entry = write_shard(folder, number, arrays, made_by)
+                entry = write_shard(folder, number, arrays, made_by, block.after)
                 manifest["shards"].append(entry)
-                manifest["next"] = place = block.after
                 save(folder, manifest)
+                place = block.after
             except OSError as error:
                 raise explained(error, folder, done) from error
             done += entry.rows
             bar.update(entry.rows)
+    if not done:
+        raise ValueError(f"the text of {text} has no position to harvest")
     if done < rows:
         tqdm.write(f"The text ended after {done} of {rows} rows.")
     return manifest
@@ -97,7 +99,7 @@ def start(folder: Path, made_by: dict[str, Any]) -> dict[str, Any]:
                 f"folder, so that no shard of another run is mixed in"
             )
         manifest: dict[str, Any] = {"format": FORMAT, "made_by": made_by}
-        manifest |= {"shards": [], "next": None}
+        manifest["shards"] = []
         save(folder, manifest)
         return manifest
     manifest = read_manifest(folder)
@@ -112,13 +114,12 @@ def start(folder: Path, made_by: dict[str, Any]) -> dict[str, Any]:
             f"{folder} was begun by another harvest: {'; '.join(differ)}. "
             f"Choose another folder, or the same settings to resume"
         )
-    for entry in manifest["shards"]:
+    for number, entry in enumerate(manifest["shards"]):
         path = folder / entry.file
         if not path.exists() or path.stat().st_size != entry.bytes:
-            raise ShardError(
-                f"{path} is missing or not {entry.bytes} bytes long; harvest into an "
-                f"empty folder"
-            )
+            tqdm.write(f"{path} is missing or not whole: harvesting again from there.")
+            del manifest["shards"][number:]
+            break
     return manifest
 
 

@@ -24,6 +24,13 @@ class Harvester:
     contexts_per_pass: int = 16
     dtype: str = "float32"
 
+    def __post_init__(self):
+        if not self.sites or self.contexts_per_pass < 1:
+            raise ValueError(
+                f"sites={self.sites} and contexts_per_pass={self.contexts_per_pass}: "
+                f"at least one of each is needed"
+            )
+
     @cached_property
     def widths(self) -> dict[str, int]:
         """The width of each site."""

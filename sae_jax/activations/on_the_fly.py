@@ -53,7 +53,15 @@ class OnTheFly:
             )
         self.harvester, self.batch, self.buffer = harvester, batch, buffer
         self._blocks = partial(blocks, documents, tokenizer, packing, buffer)
-        self._text = documents.fingerprint()
+        # What decides a batch, besides its number.
+        self._made_by = {
+            "text": documents.fingerprint(),
+            "packing": packing._asdict(),
+            "sites": list(harvester.sites),
+            "batch": batch,
+            "buffer": buffer,
+            "seed": seed,
+        }
         self._key = jax.random.key(seed)
         self._places: dict[int, Place | None] = {0: None}
 
@@ -71,16 +79,25 @@ class OnTheFly:
         again; without, it is tokenised but not given to the model. Ends when the text
         ends, with what does not fill a block left over.
         """
-        group, index = divmod(start, self.buffer // self.batch)
+        if start < 0:
+            raise ValueError(f"start={start} must not be negative")
+        group = start // (self.buffer // self.batch)
         first, place = 0, None
         if position is not None:
-            self._require_same_text(position["text"])
+            self._require_own(position)
             first, place = position["group"], position["place"]
             if first != group:
                 raise ValueError(
                     f"position is that of group {first}, batch {start} is in {group}"
                 )
             place = Place(*place) if place is not None else None
+        self._places[first] = place
+        return self._draw(start, first, place)
+
+    def _draw(
+        self, start: int, first: int, place: Place | None
+    ) -> Iterator[dict[str, Float[Array, "B D"]]]:
+        group, index = divmod(start, self.buffer // self.batch)
         half = None
         for number, block in enumerate(_ahead(self._blocks(place)), start=first):
             if len(block.row) < self.buffer:
@@ -113,17 +130,23 @@ class OnTheFly:
             )
         place = self._places[group]
         return {
-            "text": self._text,
+            "made_by": self._made_by,
             "group": group,
             "place": list(place) if place is not None else None,
         }
 
-    def _require_same_text(self, before: str) -> None:
-        if before != self._text:
+    def _require_own(self, position: Any) -> None:
+        before = position.get("made_by")
+        before = before if isinstance(before, dict) else {"stream": before}
+        differ = [
+            f"{name} was {before.get(name)!r} and is {self._made_by.get(name)!r}"
+            for name in sorted({*before, *self._made_by})
+            if before.get(name) != self._made_by.get(name)
+        ]
+        if differ:
             raise ValueError(
-                "the position belongs to another text: other files or rows than now; a "
-                "run goes on only with the text (and the Python, for 'embedded') that "
-                "it began with"
+                f"the position belongs to another stream: {'; '.join(differ)}. (The "
+                f"text changes with its files, and 'embedded' with the Python)"
             )
 
 

@@ -6,14 +6,17 @@ files map into memory; a row is read without reading its shard. `manifest.json` 
 what made them (model, sites, type, text), and for each shard its rows and checksum.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 FORMAT = "sae_jax.activations.1"
@@ -31,12 +34,13 @@ class ShardError(ValueError):
 
 
 class Entry(NamedTuple):
-    """What the manifest says of one shard."""
+    """What the manifest says of one shard; `next` is where the text goes on."""
 
     file: str
     rows: int
     bytes: int
     sha256: str
+    next: Any
 
 
 def identity(made_by: dict[str, Any]) -> str:
@@ -46,7 +50,11 @@ def identity(made_by: dict[str, Any]) -> str:
 
 
 def write_shard(
-    folder: Path, number: int, arrays: dict[str, np.ndarray], made_by: dict[str, Any]
+    folder: Path,
+    number: int,
+    arrays: dict[str, np.ndarray],
+    made_by: dict[str, Any],
+    next_place: Any,
 ) -> Entry:
     """Writes one shard whole or not at all."""
     rows = len(arrays["context"])
@@ -59,10 +67,13 @@ def write_shard(
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         unfinished.rename(path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # how it reports the system's errors
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
         raise
-    return Entry(path.name, rows, path.stat().st_size, checksum)
+    return Entry(path.name, rows, path.stat().st_size, checksum, next_place)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -90,7 +101,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{path} has format {manifest['format']!r}, this version reads {FORMAT}"
             )
         manifest["shards"] = [Entry(**entry) for entry in manifest["shards"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        identity(manifest["made_by"])
+    except ShardError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is damaged: {error!r}") from None
     return manifest
 
@@ -103,7 +117,7 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.manifest = read_manifest(self.folder)
         self.made_by = self.manifest["made_by"]
         if not self.manifest["shards"]:
@@ -156,10 +170,7 @@ def open_shard(
 ) -> dict[str, np.ndarray]:
     """Maps the arrays of one shard; refuses what is not what the manifest says."""
     path = folder / entry.file
-    mend = (
-        f"Delete it and the manifest's entries from it on, or harvest into an empty "
-        f"folder; the other shards of {folder} are not affected"
-    )
+    mend = "Delete it and run the same harvest again: it writes what is missing anew"
     if not path.exists():
         raise ShardError(f"{path} is missing. {mend}")
     size = path.stat().st_size
@@ -185,9 +196,10 @@ def open_shard(
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
                     raise ValueError("its checksum is not the manifest's")
+        tables["tokens"]
         for name in (*made_by["sites"], "context", "position"):
             if name not in tables or len(tables[name]) != entry.rows:
                 raise ValueError(f"{name} is missing or has not {entry.rows} rows")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path} is damaged or foreign: {error}. {mend}") from None
     return tables

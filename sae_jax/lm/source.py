@@ -94,8 +94,10 @@ class Source(ABC):
                 f"{self.name!r}, which is {self.context}"
             )
         # Not of arrays on a device, which would have to be waited for.
-        if isinstance(tokens, np.ndarray) and tokens.max() >= self.config.vocab_size:
-            raise ValueError(
-                f"token {tokens.max()} is outside the vocabulary of {self.name!r}, "
-                f"{self.config.vocab_size}: is it another model's tokenizer?"
-            )
+        if isinstance(tokens, np.ndarray):
+            for token in (tokens.max(), tokens.min()):
+                if not 0 <= token < self.config.vocab_size:
+                    raise ValueError(
+                        f"token {token} is outside the vocabulary of {self.name!r}, "
+                        f"{self.config.vocab_size}: is it another model's tokenizer?"
+                    )

@@ -72,6 +72,7 @@ def contexts(
         )
     pieces = _pieces(documents, tokenizer, bos, packing, position)
     cut = _joined if packing.join else _apart
+    last_used = None
     for tokens, begin in cut(pieces, bos, packing.length):
         padded = np.full(packing.length, bos, np.int32)
         padded[: len(tokens)] = tokens
@@ -79,25 +80,40 @@ def contexts(
         use = real & (np.arange(packing.length) >= packing.skip)
         if not packing.use_bos:
             use &= padded != bos
+        epoch = begin[0][0]
+        if use.any() or last_used is None:
+            last_used = epoch
+        elif epoch > last_used + 1:
+            raise ValueError(
+                f"no position of the whole text is used: all are BOS, padding, or "
+                f"among the first skip={packing.skip}"
+            )
         yield Context(padded, real, use, begin)
 
 
 def _pieces(documents, tokenizer, bos, packing, position) -> Iterator[_Piece]:
     """Tokenised documents; the first may be one that was begun before."""
     where, done = position if position is not None else (None, 0)
+    empty_epochs = 0
     while True:
         n_tokens = 0
         for begin, document in documents.read(where):
-            tokens = encode(document, tokenizer)
+            try:
+                tokens = encode(document, tokenizer)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"document {begin[1]} is neither text nor token ids: {error}"
+                ) from error
             if len(tokens) and packing.join and tokens[0] != bos:
                 tokens = np.concatenate([[bos], tokens]).astype(np.int32)
-            n_tokens += len(tokens)
+            n_tokens += int((tokens != bos).sum())
             if len(tokens) > done:
                 yield _Piece(begin, done, tokens[done:])
             done = 0
         if not packing.repeat:
             return
-        if not n_tokens and where is None:
+        empty_epochs = 0 if n_tokens else empty_epochs + 1
+        if empty_epochs == 2:
             raise ValueError("the dataset holds no text: all its documents are empty")
         where = documents.after(where)
 

@@ -26,7 +26,9 @@ TOPICS = "pydoc_data/topics.py"
 
 def part_of(name: str) -> str:
     """85 % of the names are for training, 5 % for validation, 10 % are held out."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        name.encode("utf-8", "surrogateescape"), digest_size=8
+    ).digest()
     bucket = int.from_bytes(digest, "big") % 20
     return "validation" if bucket == 0 else "heldout" if bucket <= 2 else "train"
 

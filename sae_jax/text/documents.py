@@ -11,6 +11,9 @@ its row number), so that there is held-out text where a dataset brings none.
 
 import copy
 import hashlib
+import itertools
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -27,7 +30,10 @@ ROW_FILES = {".jsonl": "json", ".parquet": "parquet"}
 
 @runtime_checkable
 class Documents(Protocol):
-    """What a source of text offers; a position is plain values that JSON can hold."""
+    """What a source of text offers.
+
+    A position is a list of plain values that JSON can hold; the first is the epoch.
+    """
 
     def fingerprint(self) -> str:
         """A checksum that tells most other texts from this one, without reading all."""
@@ -50,8 +56,8 @@ class Files(NamedTuple):
     seed: int
 
     def fingerprint(self) -> str:
-        """Of the names, in order."""
-        return checksum("\n".join(self.names))
+        """Of the names, in order, and the seed."""
+        return checksum("\n".join([str(self.seed), *self.names]))
 
     def read(self, position: Any = None) -> Iterator[tuple[Any, Document]]:
         """See `Documents`."""
@@ -66,30 +72,34 @@ class Files(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A streamed dataset in its own order, in every epoch alike.
+    """A streamed dataset in its own order, in every epoch alike; null is empty text.
 
     A position is [epoch, row, the stream's state]. The stream is never shuffled by
     `datasets`, whose shuffle buffer is lost on a resume; activations are shuffled.
     """
 
+    name: str
     stream: Any
     column: str
     part: Part
 
     def fingerprint(self) -> str:
-        """Of the first row."""
-        return checksum(str(next(iter(copy.deepcopy(self.stream)))[self.column]))
+        """Of the first row, the column and the part."""
+        first = next(iter(copy.deepcopy(self.stream)))
+        return checksum(f"{self.column} {self.part} {first}")
 
     def read(self, position: Any = None) -> Iterator[tuple[Any, Document]]:
         """See `Documents`."""
         epoch, row, state = position or (0, 0, None)
         stream = copy.deepcopy(self.stream)  # reading changes it
-        if state is not None:
-            stream.load_state_dict(state)
-        state = stream.state_dict()
-        for example in stream:
+        if state is None:
+            state = stream.state_dict()
+        else:
+            # Until the next row is read, the stream itself would give its old state.
+            stream.load_state_dict(copy.deepcopy(state))
+        for example in examples(stream, self.name, row):
             if self.part in ("all", corpus.part_of(str(row))):
-                yield [epoch, row, state], example[self.column]
+                yield [epoch, row, state], example.get(self.column) or ""
             row, state = row + 1, stream.state_dict()
 
     def after(self, position: Any) -> Any:
@@ -111,11 +121,17 @@ def open_documents(
     `column` (of text or of token ids), `split` and `subset` are Hugging Face's and
     apply to rows only. For datasets with their own held-out split, use `part='all'`.
     """
+    if part not in (*corpus.PARTS, "all"):
+        raise ValueError(f"part={part!r} is none of {', '.join(corpus.PARTS)}, all")
+    if not dataset:
+        raise ValueError("dataset='' names no text")
     if dataset == EMBEDDED:
         names = [n for p in corpus.PARTS if part in ("all", p) for n in corpus.names(p)]
         return Files(names, corpus.read, seed)
     path = Path(dataset).expanduser()
     if path.exists():
+        if subset:
+            raise ValueError(f"subset={subset!r}: local files have none, name a folder")
         return local(path, part=part, column=column, split=split, seed=seed)
     if dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
         raise FileNotFoundError(f"dataset={dataset!r} is not on this machine")
@@ -124,13 +140,15 @@ def open_documents(
 
 def local(path: Path, *, part: Part, column: str, split: str, seed: int) -> Documents:
     """Documents of a file or folder."""
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*"))
-    tables = [p for p in found if p.suffix in ROW_FILES]
     root = path.parent if path.is_file() else path
+    found = [
+        p
+        for p in ([path] if path.is_file() else sorted(path.rglob("*")))
+        if p.is_file() and not re.search(r"(^|/)\.", p.relative_to(root).as_posix())
+    ]
+    tables = [p for p in found if p.suffix in ROW_FILES]
     texts = {
-        p.relative_to(root).as_posix(): p
-        for p in found
-        if p.suffix in corpus.SUFFIXES and p.is_file()
+        p.relative_to(root).as_posix(): p for p in found if p.suffix in corpus.SUFFIXES
     }
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return rows(from_disk(path, split), column, part, str(path))
@@ -147,6 +165,7 @@ def local(path: Path, *, part: Part, column: str, split: str, seed: int) -> Docu
         import datasets
 
         kind = ROW_FILES[tables[0].suffix]
+        tables = of_split(tables, split, path)
         files = [str(p) for p in tables if p.stat().st_size]
         if not files:
             raise ValueError(f"dataset={str(path)!r} has no rows: its files are empty")
@@ -160,7 +179,34 @@ def local(path: Path, *, part: Part, column: str, split: str, seed: int) -> Docu
             f"none of the {len(texts)} files in dataset={str(path)!r} falls into "
             f"part={part!r}, which a hash of their names decides; use part='all'"
         )
-    return Files(names, lambda name: texts[name].read_text(encoding="utf-8"), seed)
+    return Files(names, lambda name: read_file(texts[name]), seed)
+
+
+def read_file(path: Path) -> str:
+    """The text of a file; of one that is not UTF-8 nothing, with a warning."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        warnings.warn(f"{path} is not UTF-8 and left out", stacklevel=2)
+        return ""
+
+
+def of_split(tables: list[Path], split: str, path: Path) -> list[Path]:
+    """The files of a split, where their names say so, as Hugging Face names them."""
+    by_split: dict[str, list[Path]] = {}
+    for table in tables:
+        word = re.search(
+            r"(?<![a-z])(train|test|validation|valid|dev)(?![a-z])", table.stem
+        )
+        by_split.setdefault(word[1] if word else "", []).append(table)
+    if set(by_split) == {""}:
+        by_split = {"train": tables}
+    if split not in by_split:
+        raise ValueError(
+            f"split={split!r} of dataset={str(path)!r} is none of "
+            f"{', '.join(by_split)}, which the names of its files say"
+        )
+    return by_split[split]
 
 
 def from_disk(path: Path, split: str) -> Any:
@@ -172,7 +218,7 @@ def from_disk(path: Path, split: str) -> Any:
         if split not in data:
             raise ValueError(f"split={split!r} of {path} is none of {', '.join(data)}")
         data = data[split]
-    return data.to_iterable_dataset()
+    return data.with_format(None).to_iterable_dataset()
 
 
 def from_hub(name: str, split: str, subset: str | None) -> Any:
@@ -183,7 +229,7 @@ def from_hub(name: str, split: str, subset: str | None) -> Any:
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)
         return datasets.load_dataset(name, subset, split=split, streaming=True)
-    except (OSError, ValueError) as error:  # network faults are OSErrors
+    except (OSError, ValueError, RuntimeError) as error:  # OSErrors: the network's
         # Both builtin and requests' own: a name, for requests is no dependency of ours.
         offline = type(error).__name__ == "ConnectionError"
         reason = "it cannot be reached" if offline else " ".join(str(error).split())
@@ -196,9 +242,10 @@ def from_hub(name: str, split: str, subset: str | None) -> Any:
 
 def rows(stream: Any, column: str, part: Part, name: str) -> Rows:
     """Rows of a stream that has the column, holding text or token ids."""
-    first = next(iter(copy.deepcopy(stream)), None)
-    if first is None:
+    head = list(itertools.islice(examples(copy.deepcopy(stream), name, 0), 100))
+    if not head:
         raise ValueError(f"dataset={name!r} has no rows")
+    first = next((row for row in head if row.get(column) is not None), head[0])
     if column not in first:
         raise ValueError(
             f"dataset={name!r} has no column {column!r}; it has {', '.join(first)}"
@@ -210,9 +257,29 @@ def rows(stream: Any, column: str, part: Part, name: str) -> Rows:
             f"column={column!r} of dataset={name!r} holds {type(value).__name__}, "
             f"not text or token ids"
         )
-    return Rows(stream, column, part)
+    return Rows(name, stream, column, part)
+
+
+def examples(stream: Any, name: str, row: int) -> Iterator[dict[str, Any]]:
+    """The rows of a stream; a fault in its files names the dataset."""
+    import datasets
+
+    source = iter(stream)
+    while True:
+        try:
+            example = next(source, None)
+        except (
+            ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError
+        ) as error:  # fmt: skip
+            raise ValueError(
+                f"dataset={name!r} cannot be read from row {row} on: {error}"
+            ) from error
+        if example is None:
+            return
+        yield example
+        row += 1
 
 
 def checksum(text: str) -> str:
     """Sixteen hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
