@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from sae_jax.text.contexts import Packing
-from sae_jax.text.documents import Documents, Part, open_documents
+from sae_jax.text.documents import Documents, Part
+from sae_jax.text.opening import open_documents
 from sae_jax.text.tokenizer import load_tokenizer
 
 

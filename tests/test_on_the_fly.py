@@ -12,7 +12,7 @@ import pytest
 from sae_jax import SAE, adam, init_state, make_step
 from sae_jax.text.blocks import blocks
 from sae_jax.text.contexts import contexts
-from sae_jax.text.documents import open_documents
+from sae_jax.text.opening import open_documents
 from tests.toys import (
     BATCH,
     BUFFER,

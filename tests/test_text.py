@@ -10,7 +10,7 @@ import pytest
 from sae_jax.text import corpus
 from sae_jax.text.blocks import Place, blocks
 from sae_jax.text.contexts import Packing, contexts
-from sae_jax.text.documents import open_documents
+from sae_jax.text.opening import open_documents
 from tests.toys import BOS, Characters, in_order, toy_documents
 
 TOKENS = Characters()
