@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sae_jax.activations import Shards
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -38,6 +40,19 @@ def test_the_papers_setting_is_the_plain_default_of_its_experiment():
     text = launch("--experiment=harvest_gpt2", "--help").stdout
     for default in ("'Skylion007/openwebtext'", "'gpt2'", "'resid_pre.8'", "'128'"):
         assert f"default: {default}" in text
+
+
+def test_a_harvest_from_the_command_line_and_its_second_half(tmp_path):
+    """The default: the embedded model on the embedded text."""
+    sites = ("resid_pre.1", "head_out.3")
+    command = ["--experiment=harvest", f"--out={tmp_path}", "--rows_per_shard=200"]
+    for rows in (200, 300):
+        done = launch(*command, f"--sites={','.join(sites)}", f"--rows={rows}")
+        assert done.returncode == 0, done.stderr
+        assert f"{rows} rows of resid_pre.1, head_out.3" in done.stdout
+        assert "rows/s" in done.stderr
+    assert Shards(tmp_path).widths == dict.fromkeys(sites, 192)
+    assert len(Shards(tmp_path)) == 300
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def require_space(folder: Path, harvester: Harvester, rows: int, free: int) -> N
     needed = rows * (size * sum(harvester.widths.values()) + 16)
     if needed > free:
         raise ShardError(
-            f"{rows} rows need {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB "
+            f"{rows} rows need {needed / 1e9:.2g} GB, {folder} has {free / 1e9:.2g} GB "
             f"free; harvest fewer rows or sites, or choose another disk"
         )
 
