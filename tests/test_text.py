@@ -239,6 +239,31 @@ def test_an_unreachable_hub_is_said_at_once(monkeypatch):
         open_documents("Skylion007/openwebtext")
 
 
+@pytest.mark.parametrize("converted", [True, False])
+def test_a_dataset_that_is_a_script_is_read_from_its_conversion(
+    tmp_path, monkeypatch, converted
+):
+    """As `Skylion007/openwebtext` was when last seen; the script itself never runs."""
+    path, real = str(table(tmp_path, "parquet", ["a", "b"])), datasets.load_dataset
+
+    def hub(name, subset=None, *, revision=None, **options):
+        if not converted or revision != "refs/convert/parquet":
+            raise RuntimeError(
+                "Dataset scripts are no longer supported, but found x.py"
+            )
+        assert (options.pop("data_dir"), options["streaming"]) == (None, True)
+        return real("parquet", data_files=path, **options)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    if converted:
+        documents = open_documents("Skylion007/openwebtext", part="all")
+        assert [text for _, text in documents.read()] == ["a", "b"]
+    else:
+        with pytest.raises(FileNotFoundError, match="scripts are no longer supported"):
+            open_documents("Skylion007/openwebtext")
+
+
 def test_text_without_tokens_is_refused():
     documents = toy_documents(1)  # its only document is empty
     with pytest.raises(ValueError, match="holds no text"):

@@ -134,13 +134,28 @@ def from_disk(path: Path, split: str) -> Any:
 
 
 def from_hub(name: str, split: str, subset: str | None) -> Any:
-    """A stream from the Hugging Face hub, or at once the reason why there is none."""
+    """A stream from the Hugging Face hub, or at once the reason why there is none.
+
+    Where a dataset is still a loading script, which `datasets` no longer runs, the
+    hub's own conversion of it to parquet is taken.
+    """
     import datasets
     import huggingface_hub
 
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)
-        return datasets.load_dataset(name, subset, split=split, streaming=True)
+        try:
+            return datasets.load_dataset(name, subset, split=split, streaming=True)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            return datasets.load_dataset(
+                name,
+                data_dir=subset,  # where the converted branch keeps its subsets
+                split=split,
+                streaming=True,
+                revision="refs/convert/parquet",
+            )
     except (OSError, ValueError, RuntimeError) as error:  # OSErrors: the network's
         # Both builtin and requests' own: a name, for requests is no dependency of ours.
         offline = type(error).__name__ == "ConnectionError"
