@@ -51,15 +51,14 @@ def load(name: str) -> ModuleType:
 
 def define_flags(experiment: ModuleType) -> None:
     """One flag for every field of the experiment's configuration."""
-    hints = typing.get_type_hints(experiment.Config, include_extras=True)
+    described = {}
+    # From the base up: a subclass that only changes a default keeps the description.
+    for base in reversed(experiment.Config.__mro__):
+        for name, hint in typing.get_type_hints(base, include_extras=True).items():
+            if typing.get_origin(hint) is typing.Annotated:
+                described[name] = typing.get_args(hint)
     for field in fields(experiment.Config):
-        kind, text = hints[field.name], ""
-        for base in experiment.Config.__mro__:
-            # A subclass that only changes a default keeps the description.
-            own = typing.get_type_hints(base, include_extras=True).get(field.name)
-            if typing.get_origin(own) is typing.Annotated:
-                kind, text = typing.get_args(own)
-                break
+        kind, text = described[field.name]
         define(field.name, kind, field.default, text)
 
 
@@ -94,7 +93,7 @@ def entry(argv: list[str]) -> None:
     if chosen and chosen[-1] in EXPERIMENTS:
         experiment = load(chosen[-1])
         define_flags(experiment)
-        doc = f"{experiment.__doc__}"
+        doc = experiment.__doc__ or ""
     else:
         for name in EXPERIMENTS:
             path = ROOT / "experiments" / f"{name}.py"

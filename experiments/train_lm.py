@@ -15,7 +15,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import grain
 import jax
@@ -29,6 +29,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import FlaxGPT2LMHeadModel, GPT2Config, GPT2TokenizerFast
 
 from experiments._counting import fit_bigram, fit_unigram
+from sae_jax.lm.flax_lm import next_token_losses
 from sae_jax.text import corpus
 
 BOS = "<|endoftext|>"
@@ -91,11 +92,11 @@ def new_model(config: Config) -> FlaxGPT2LMHeadModel:
     )
 
 
-class Flat:
+class Flat(NamedTuple):
     """One part as one row of tokens, each document after a BOS, and its bytes."""
 
-    def __init__(self, tokens: np.ndarray, n_bytes: int):
-        self.tokens, self.n_bytes = tokens, n_bytes
+    tokens: np.ndarray
+    n_bytes: int
 
 
 def get_tokenizer(folder: Path, vocab_size: int) -> GPT2TokenizerFast:
@@ -140,9 +141,7 @@ def nll(model, params, tokens):
         jnp.ones_like(tokens),
         jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
     ).logits
-    return optax.softmax_cross_entropy_with_integer_labels(
-        logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
-    )
+    return next_token_losses(logits, tokens)
 
 
 def train(config: Config, model, tokens: np.ndarray, validation: np.ndarray):

@@ -35,6 +35,16 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> str:
     return f"Unknown {kind} {given!r}.{hint} Known: {listed}."
 
 
+def changed(before: Any, now: dict[str, Any]) -> str:
+    """Which settings are not what they were, and how; empty if all are."""
+    before = before if isinstance(before, dict) else {"settings": before}
+    return "; ".join(
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    )
+
+
 def value_fault(name: str, value: Any, annotation: Any) -> str | None:
     """Checks one value against its annotation; of a union, the first type counts.
 

@@ -25,6 +25,7 @@ from sae_jax.activations.shards import (
     write_manifest,
     write_shard,
 )
+from sae_jax.checks import changed
 from sae_jax.text.blocks import Block, Place, blocks
 from sae_jax.text.contexts import Packing
 from sae_jax.text.documents import Documents
@@ -50,10 +51,7 @@ def harvest(
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     made_by = {
-        "lm": harvester.lm.name,
-        "weights": harvester.lm.fingerprint,
-        "sites": harvester.widths,
-        "dtype": harvester.dtype,
+        **harvester.made_by,
         "text": {**text, "fingerprint": documents.fingerprint()},
         "packing": packing._asdict(),
         "rows_per_shard": rows_per_shard,
@@ -67,8 +65,9 @@ def harvest(
     bar = tqdm(total=rows, initial=done, unit=" rows", unit_scale=True, desc="harvest")
     with bar:
         for number in itertools.count(len(manifest["shards"])):
-            if size != min(rows_per_shard, max(rows - done, 0)):
-                size = min(rows_per_shard, max(rows - done, 0))
+            wanted = min(rows_per_shard, max(rows - done, 0))
+            if size != wanted:
+                size = wanted
                 stream = blocks(documents, tokenizer, packing, size, place)
             block = next(stream, None) if size else None
             if block is None:
@@ -98,20 +97,14 @@ def start(folder: Path, made_by: dict[str, Any]) -> dict[str, Any]:
                 f"{folder} is not empty and has no {MANIFEST}; harvest into an empty "
                 f"folder, so that no shard of another run is mixed in"
             )
-        manifest: dict[str, Any] = {"format": FORMAT, "made_by": made_by}
-        manifest["shards"] = []
+        manifest: dict[str, Any] = {"format": FORMAT, "made_by": made_by, "shards": []}
         save(folder, manifest)
         return manifest
     manifest = read_manifest(folder)
-    before = manifest["made_by"]
-    differ = [
-        f"{name} was {before.get(name)!r} and is {made_by.get(name)!r}"
-        for name in sorted({*before, *made_by})
-        if before.get(name) != made_by.get(name)
-    ]
+    differ = changed(manifest["made_by"], made_by)
     if differ:
         raise ShardError(
-            f"{folder} was begun by another harvest: {'; '.join(differ)}. "
+            f"{folder} was begun by another harvest: {differ}. "
             f"Choose another folder, or the same settings to resume"
         )
     for number, entry in enumerate(manifest["shards"]):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from sae_jax.text.blocks import Block
 class Harvester:
     """A language model, the sites to read in one pass, and how many contexts at once.
 
-    `lm` is any source: what is used of it is `run` and `width`.
+    `lm` is any source.
     """
 
     lm: Source
@@ -35,6 +36,16 @@ class Harvester:
     def widths(self) -> dict[str, int]:
         """The width of each site."""
         return {site: self.lm.width(site) for site in self.sites}
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """What decides the values, in plain values."""
+        return {
+            "lm": self.lm.name,
+            "weights": self.lm.fingerprint,
+            "sites": self.widths,
+            "dtype": self.dtype,
+        }
 
     def rows(self, block: Block) -> dict[str, Float[Array, "R D"]]:
         """The activations of the block's rows, in their order.

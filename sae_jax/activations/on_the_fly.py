@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sae_jax.activations.harvester import Harvester
+from sae_jax.checks import changed
 from sae_jax.text.blocks import Block, Place, blocks
 from sae_jax.text.contexts import Packing
 from sae_jax.text.documents import Documents
@@ -55,9 +56,9 @@ class OnTheFly:
         self._blocks = partial(blocks, documents, tokenizer, packing, buffer)
         # What decides a batch, besides its number.
         self._made_by = {
+            **harvester.made_by,
             "text": documents.fingerprint(),
             "packing": packing._asdict(),
-            "sites": list(harvester.sites),
             "batch": batch,
             "buffer": buffer,
             "seed": seed,
@@ -84,7 +85,12 @@ class OnTheFly:
         group = start // (self.buffer // self.batch)
         first, place = 0, None
         if position is not None:
-            self._require_own(position)
+            differ = changed(position.get("made_by"), self._made_by)
+            if differ:
+                raise ValueError(
+                    f"the position belongs to another stream: {differ}. (The text "
+                    f"changes with its files, and 'embedded' with the Python)"
+                )
             first, place = position["group"], position["place"]
             if first != group:
                 raise ValueError(
@@ -134,20 +140,6 @@ class OnTheFly:
             "group": group,
             "place": list(place) if place is not None else None,
         }
-
-    def _require_own(self, position: Any) -> None:
-        before = position.get("made_by")
-        before = before if isinstance(before, dict) else {"stream": before}
-        differ = [
-            f"{name} was {before.get(name)!r} and is {self._made_by.get(name)!r}"
-            for name in sorted({*before, *self._made_by})
-            if before.get(name) != self._made_by.get(name)
-        ]
-        if differ:
-            raise ValueError(
-                f"the position belongs to another stream: {'; '.join(differ)}. (The "
-                f"text changes with its files, and 'embedded' with the Python)"
-            )
 
 
 class _Order(NamedTuple):

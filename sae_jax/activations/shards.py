@@ -196,7 +196,8 @@ def open_shard(
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
                     raise ValueError("its checksum is not the manifest's")
-        tables["tokens"]
+        if "tokens" not in tables:
+            raise ValueError("tokens is missing")
         for name in (*made_by["sites"], "context", "position"):
             if name not in tables or len(tables[name]) != entry.rows:
                 raise ValueError(f"{name} is missing or has not {entry.rows} rows")

@@ -1,10 +1,9 @@
 """Documents packed into contexts of one length, resumable at every context.
 
 Joined (the default), documents follow one another, each after a BOS, and contexts are
-cut from that row: attention reaches over a BOS into the document before, as in the
-GPT-2 papers' training. Apart, each document is cut into contexts of its own, each of
-them begun with BOS, the last one padded. A document longer than a context is cut in
-both; an empty one is skipped.
+cut from that row: attention reaches over a BOS into the document before. Apart, each
+document is cut into contexts of its own, each of them begun with BOS, the last one
+padded. A document longer than a context is cut in both; an empty one is skipped.
 """
 
 from collections import deque
@@ -35,8 +34,8 @@ class Packing(NamedTuple):
     Attributes:
         length: Tokens per context.
         join: Whether a context may hold several documents.
-        use_bos: Whether activations at BOS are used; their norm in GPT-2 is tens of
-            times that of other positions.
+        use_bos: Whether activations at BOS are used; in GPT-2 they are known to have
+            norms far above those of other positions.
         skip: How many positions at the start of every context are not used. The first
             position draws attention, and a large norm, whatever its token is.
         repeat: Whether to begin again when the documents end.

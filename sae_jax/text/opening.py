@@ -43,7 +43,7 @@ def open_documents(
     path = Path(dataset).expanduser()
     if path.exists():
         if subset:
-            raise ValueError(f"subset={subset!r}: local files have none, name a folder")
+            raise ValueError(f"subset={subset!r}: local files have none")
         return local(path, part=part, column=column, split=split, seed=seed)
     if dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
         raise FileNotFoundError(f"dataset={dataset!r} is not on this machine")
