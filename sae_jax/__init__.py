@@ -24,9 +24,9 @@ from sae_jax.fold import fold_scale
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
 from sae_jax.rules import RULES, load_file, parse, register
-from sae_jax.train.knob import Knob
-from sae_jax.train.optim import adam, learning_rate
-from sae_jax.train.step import TrainState, init_state, make_step
+from sae_jax.training.knob import Knob
+from sae_jax.training.optim import adam, learning_rate
+from sae_jax.training.step import TrainState, init_state, make_step
 from sae_jax.variables import Output, Variables
 
 __all__ = [

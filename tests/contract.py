@@ -14,7 +14,7 @@ import numpy as np
 import sae_jax
 from sae_jax import SAE, AuxK, Sparse, Variables, fold_scale, to_dense
 from sae_jax.binding import BoundRule
-from sae_jax.train.step import loss_terms
+from sae_jax.training.step import loss_terms
 from tests.conftest import planted
 
 D, F, B = 16, 64, 24

@@ -12,7 +12,7 @@ import pytest
 import sae_jax
 from sae_jax import SAE, AuxK, Sparse, Variables, select, to_dense
 from sae_jax.rules.jump_relu import jump, step
-from sae_jax.train.step import loss_terms
+from sae_jax.training.step import loss_terms
 from tests import oracles
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -22,7 +22,7 @@ from sae_jax import (
     require_finite,
     to_dense,
 )
-from sae_jax.train.optim import project, unit_rows
+from sae_jax.training.optim import project, unit_rows
 from tests.contract import rows
 
 KEY = jax.random.key(0)

@@ -15,8 +15,8 @@ from sae_jax import checks, codes, losses
 from sae_jax.architecture import DType
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
-from sae_jax.train.knob import CONSTANT, Knob
-from sae_jax.train.optim import DecoderNorm, project, unit_rows
+from sae_jax.training.knob import CONSTANT, Knob
+from sae_jax.training.optim import DecoderNorm, project, unit_rows
 from sae_jax.variables import Forward, Variables
 
 
