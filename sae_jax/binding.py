@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from sae_jax import checks, registry
 from sae_jax.contract import RULES, Rule, keywords
 
@@ -80,6 +82,7 @@ def bind(rule: Rule, arguments: Mapping[str, Any]) -> BoundRule:
         fault = checks.value_fault(name, value, annotation)
         if fault:
             faults.append(f"{rule.name}: {fault}")
+        value = value.item() if isinstance(value, np.generic) else value
         values[name] = tuple(value) if isinstance(value, list) else value
     checks.raise_all(faults)
     return BoundRule(rule, tuple(values.items()))

@@ -82,6 +82,15 @@ def value_fault(name: str, value: Any, annotation: Any) -> str | None:
     return None
 
 
+def field_faults(prefix: str, record: Any) -> list[str]:
+    """Checks the fields of a dataclass that are plain values, each by its own type."""
+    return [
+        fault
+        for name, hint in typing.get_type_hints(type(record)).items()
+        if (fault := value_fault(f"{prefix}{name}", getattr(record, name), hint))
+    ]
+
+
 def is_traced(*arrays: Any) -> bool:
     """Whether any of these is an abstract value inside a JAX transformation."""
     return any(isinstance(a, jax.core.Tracer) for a in arrays)

@@ -5,6 +5,7 @@ they enter this package; docstrings say so.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -51,32 +52,24 @@ class AuxK:
 
     Differs: e is a constant here (`detach`), as in Gao et al. and unlike the Top-AFA
     authors' code, where the live features also feel this loss.
-
-    Attributes:
-      k: dead features per row, at most (512: Top-AFA authors' code).
-      coef: weight of the term (1/32: all sources).
-      dead_after: steps without firing after which a feature counts as dead
-        (20: Matryoshka authors' code; 5 in the Top-AFA authors' code).
-      normalise: divide by the variance of e over the batch, unless that is 0.
-      detach: treat e as a constant.
     """
 
-    k: int = 512
-    coef: float = 1 / 32
-    dead_after: int = 20
-    normalise: bool = False
-    detach: bool = True
+    k: Annotated[int, "dead features per row, at most (512: Top-AFA authors' code)"] = (
+        512
+    )
+    coef: Annotated[float, "weight of the term (1/32: all sources)"] = 1 / 32
+    dead_after: Annotated[
+        int,
+        "steps without firing after which a feature counts as dead (20: Matryoshka "
+        "authors' code; 5 in the Top-AFA authors' code)",
+    ] = 20
+    normalise: Annotated[
+        bool, "divide by the variance of the residual over the batch"
+    ] = False
+    detach: Annotated[bool, "treat the residual as a constant"] = True
 
     def __post_init__(self) -> None:
-        checks.raise_all(
-            fault
-            for field in dataclasses.fields(self)
-            if (
-                fault := checks.value_fault(
-                    f"AuxK {field.name}", getattr(self, field.name), field.type
-                )
-            )
-        )
+        checks.raise_all(checks.field_faults("AuxK ", self))
         if self.k == 0 or self.dead_after == 0:
             raise ValueError(
                 f"AuxK k={self.k}, dead_after={self.dead_after} must both be above 0; "

@@ -11,6 +11,7 @@ or Top-AFA. Its value in a step is `value * ramp(step) * control`:
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -22,35 +23,32 @@ from sae_jax.model import SAE
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """How the knob moves during training.
+    """How the rule's knob moves during training."""
 
-    Attributes:
-      start: factor on the knob in step 0.
-      steps: length of the ramp from `start` to 1; 0: no ramp.
-      target_l0: mean number of active features to steer for, or None.
-      rate: largest relative change that control makes in a step (chosen, untested).
-      range: control keeps the knob within this factor of its value, both ways (a
-        budget stays below twice the target).
-    """
-
-    start: float = 1.0
-    steps: int = 0
-    target_l0: float | None = None
-    rate: float = 0.01
-    range: float = 100.0
+    start: Annotated[float, "factor on the knob in step 0"] = 1.0
+    steps: Annotated[int, "length of the ramp from start to 1; 0: no ramp"] = 0
+    target_l0: Annotated[
+        float | None, "mean number of active features to steer for, or none"
+    ] = None
+    # Chosen, untested.
+    rate: Annotated[float, "largest relative change that control makes in a step"] = (
+        0.01
+    )
+    range: Annotated[
+        float,
+        "control keeps the knob within this factor of its value, both ways (a budget "
+        "stays below twice the target)",
+    ] = 100.0
 
     def __post_init__(self) -> None:
-        faults = [
-            checks.value_fault(f"Knob {f.name}", getattr(self, f.name), f.type)
-            for f in dataclasses.fields(self)
-        ]
+        faults = checks.field_faults("Knob ", self)
         if self.start != 1 and self.steps == 0:
             faults.append(f"Knob start={self.start} needs steps, the ramp's length.")
         if self.target_l0 == 0:
             faults.append("Knob target_l0=0 asks for empty codes; None: no target.")
         if self.range < 1:
             faults.append(f"Knob range={self.range} must be at least 1.")
-        checks.raise_all(filter(None, faults))
+        checks.raise_all(faults)
 
     @property
     def moves(self) -> bool:

@@ -1,0 +1,64 @@
+"""How an SAE is trained: all choices that are not the SAE itself."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import optax
+
+from sae_jax import checks
+from sae_jax.losses import AuxK
+from sae_jax.model import SAE
+from sae_jax.training.knob import CONSTANT, Knob
+from sae_jax.training.optim import Decay, DecoderNorm, adam, learning_rate
+from sae_jax.training.step import Step, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Training: optimiser, auxiliary loss, schedules."""
+
+    steps: Annotated[int, "training steps"] = 20_000
+    lr: Annotated[float, "learning rate of Adam, after the warm-up"] = 3e-4
+    warmup: Annotated[int, "steps in which the learning rate rises from 0"] = 0
+    decay: Annotated[Decay, "what the learning rate does after the warm-up"] = (
+        "constant"
+    )
+    b1: Annotated[float, "Adam's memory of gradients"] = 0.9
+    b2: Annotated[float, "Adam's memory of squared gradients"] = 0.999
+    clip: Annotated[float | None, "clip gradients to this global norm, or none"] = 1.0
+    decoder_norm: Annotated[
+        DecoderNorm,
+        "when decoder rows return to norm 1: after the optimiser's step, before it "
+        "(as the Top-AFA authors' code), or never (free)",
+    ] = "after"
+    use_aux: Annotated[
+        Literal["rule", "always", "never"],
+        "whether dead features get an auxiliary loss; rule: as the rule's literature",
+    ] = "rule"
+    aux: AuxK = AuxK()
+    knob: Knob = CONSTANT
+
+    def __post_init__(self) -> None:
+        faults = checks.field_faults("", self)
+        if not faults and self.steps == 0:
+            faults.append("steps=0 trains nothing; give at least 1.")
+        if not faults and self.warmup > self.steps:
+            faults.append(f"warmup={self.warmup} is longer than steps={self.steps}.")
+        checks.raise_all(faults)
+
+    def optimiser(self) -> optax.GradientTransformation:
+        """The optimiser chain."""
+        rate = learning_rate(self.lr, self.steps, warmup=self.warmup, decay=self.decay)
+        return adam(rate, b1=self.b1, b2=self.b2, clip=self.clip)
+
+    def make_step(self, sae: SAE, *, jit: bool = True) -> Step:
+        """The training step of an SAE."""
+        wanted = {"rule": sae.bound.rule.aux_k, "always": True, "never": False}
+        return make_step(
+            sae,
+            self.optimiser(),
+            aux=self.aux if wanted[self.use_aux] else None,
+            decoder_norm=self.decoder_norm,
+            knob=self.knob,
+            jit=jit,
+        )
