@@ -56,6 +56,16 @@ class SAE(Architecture):
         params, state = self.bound.call(self.bound.rule.init, key_rule, params)
         return Variables(params, state, constants)
 
+    def shapes(self) -> Variables:
+        """Shapes and types of what `init` makes, without making it."""
+        sample = jax.ShapeDtypeStruct((2, self.d_in), jnp.float32)
+        target = jax.ShapeDtypeStruct((2, self.width_out), jnp.float32)
+        return jax.eval_shape(
+            lambda x, y: self.init(jax.random.key(0), sample=x, target_sample=y),
+            sample,
+            target,
+        )
+
     def _samples(self, sample: Any, target_sample: Any) -> tuple[Array, Array]:
         target_sample = target_sample if self.is_transcoder else sample
         if sample is None or target_sample is None:
