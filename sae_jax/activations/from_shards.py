@@ -16,7 +16,14 @@ from jaxtyping import Array, Float
 from sae_jax.activations.shards import Shards, identity
 
 # Batches read ahead; grain's own default would hold 500 in memory.
+EPOCHS = 1_000_000  # no run has more; grain's own endless number can overflow
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+def shuffled(n_rows: int, batch: int, seed: int) -> Any:
+    """Row numbers in batches without end: grain's data set, open at every index."""
+    order = grain.MapDataset.range(n_rows).seed(seed).shuffle().repeat(EPOCHS)
+    return order.batch(batch)
 
 
 class FromShards:
@@ -47,8 +54,7 @@ class FromShards:
         if not 0 < batch <= len(shards):
             raise ValueError(f"batch={batch} must be from 1 to {len(shards)} rows")
         self.shards, self.batch = shards, batch
-        order = grain.MapDataset.range(len(shards)).seed(seed).shuffle().repeat()
-        self._batches = order.batch(batch).map(self._read)
+        self._batches = shuffled(len(shards), batch, seed).map(self._read)
 
     @property
     def widths(self) -> dict[str, int]:
