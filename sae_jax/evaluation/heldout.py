@@ -1,0 +1,181 @@
+"""What an SAE leaves of a language model's predictions when it is spliced in.
+
+All losses are means, in nats, over the next tokens of held-out text that are real. At
+the used positions the site holds
+
+    loss_clean      what it held
+    loss_spliced    the SAE's reconstruction
+    loss_zero       zeros
+    loss_mean       the mean of what it held at those positions
+
+and elsewhere what it held.
+
+    loss_recovered      = (loss_zero - loss_spliced) / (loss_zero - loss_clean)
+    loss_recovered_mean = (loss_mean - loss_spliced) / (loss_mean - loss_clean)
+
+Zeros are the field's custom (SAELens, dictionary_learning). They can be far from all
+that the model knows, and then a poor reconstruction has a high share as well; the mean
+asks for more. Shares above 1 and below 0 stand as they are.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sae_jax.evaluation.measures import Evaluation, Mean, Measurement, ratio
+from sae_jax.lm.edits import replace
+from sae_jax.lm.source import Source
+from sae_jax.model import SAE
+from sae_jax.text.contexts import Packing, contexts
+from sae_jax.text.documents import Documents
+from sae_jax.variables import Variables
+
+
+class HeldOut(NamedTuple):
+    """A fixed set of contexts.
+
+    `real` is false at padding; `use` also where activations are left alone.
+    """
+
+    tokens: Int[np.ndarray, "N T"]
+    real: Bool[np.ndarray, "N T"]
+    use: Bool[np.ndarray, "N T"]
+
+    @classmethod
+    def read(
+        cls, documents: Documents, tokenizer: Any, packing: Packing, n_contexts: int
+    ) -> "HeldOut":
+        """The first contexts of the text, which is read once, whatever `packing` says.
+
+        A text that is repeated would count some of its contexts twice.
+        """
+        if n_contexts < 1:
+            raise ValueError(f"n_contexts={n_contexts}; at least one is needed.")
+        once = contexts(documents, tokenizer, packing._replace(repeat=False))
+        taken = list(islice(once, n_contexts))
+        if len(taken) < n_contexts:
+            raise ValueError(
+                f"n_contexts={n_contexts}, and the held-out text has {len(taken)} of "
+                f"{packing.length} tokens; ask for no more, or for shorter ones."
+            )
+        return cls(
+            np.stack([context.tokens for context in taken]),
+            np.stack([context.real for context in taken]),
+            np.stack([context.use for context in taken]),
+        )
+
+    def passes(self, n: int) -> Iterator["HeldOut"]:
+        """`n` contexts at a time; the last ones are joined by padding up to `n`."""
+        missing = -len(self.tokens) % n
+        whole = [np.pad(array, ((0, missing), (0, 0))) for array in self]
+        for start in range(0, len(whole[0]), n):
+            yield HeldOut(*(array[start : start + n] for array in whole))
+
+
+class Baseline(NamedTuple):
+    """What does not depend on the SAE: the mean of a site, and three losses."""
+
+    mean: Float[np.ndarray, " D"]
+    losses: dict[str, float]
+
+
+class Evaluator:
+    """Splices SAEs into a language model, and measures them on the rows of the site.
+
+    `lm` is any source. What a site needs apart from the SAE is computed once.
+    """
+
+    def __init__(self, lm: Source, heldout: HeldOut, *, contexts_per_pass: int = 16):
+        if contexts_per_pass < 1:
+            raise ValueError(f"contexts_per_pass={contexts_per_pass} must be above 0.")
+        if not heldout.use.any():
+            raise ValueError(
+                "No position of the held-out contexts is used: all are BOS, padding or "
+                "skipped. Read more of them, or lower the packing's skip."
+            )
+        self.lm, self.heldout = lm, heldout
+        self._passes = list(heldout.passes(contexts_per_pass))
+        self._baselines: dict[str, Baseline] = {}
+
+    def __call__(
+        self,
+        sae: SAE,
+        variables: Variables,
+        site: str,
+        *,
+        target_site: str | None = None,
+    ) -> Evaluation:
+        """The scores of `measures`, and those of the top of this file.
+
+        A transcoder reads `site`, and what it makes of it replaces `target_site`.
+        """
+        if sae.is_transcoder != (target_site is not None):
+            raise ValueError(
+                f"target_site={target_site!r} with {sae!r}: a transcoder needs the "
+                f"site that it aims at, and an autoencoder takes none."
+            )
+        aim = site if target_site is None else target_site
+        baseline = self._baseline(aim)
+        measurement = Measurement(sae, variables, baseline.mean)
+        total = 0.0
+        for part in self._passes:
+            values = self.lm.run(part.tokens, read=(site, aim)).values
+            x_hat = measurement.add(
+                _rows(values[site]),
+                target=_rows(values[aim]) if target_site is not None else None,
+                mask=part.use.reshape(-1),
+            )
+            total += self._summed_loss(part, aim, x_hat.reshape(values[aim].shape))
+        spliced = self._mean_loss(total)
+        losses = {**baseline.losses, "loss_spliced": spliced}
+        for name, ruin in (("", "loss_zero"), ("_mean", "loss_mean")):
+            losses[f"loss_recovered{name}"] = ratio(
+                losses[ruin] - spliced, losses[ruin] - losses["loss_clean"]
+            )
+        evaluation = measurement.finish()
+        return evaluation._replace(scores={**evaluation.scores, **losses})
+
+    def _baseline(self, site: str) -> Baseline:
+        if site not in self._baselines:
+            gathered, clean = Mean(), 0.0
+            for part in self._passes:
+                run = self.lm.run(part.tokens, read=(site,), losses=True)
+                value = run.values[site]
+                gathered.add(_rows(value), mask=part.use.reshape(-1))
+                clean += _summed(run.losses, part)
+            mean = gathered.finish()
+            # As large as a reconstruction, so that the model is compiled once for all.
+            zeros = jnp.zeros_like(value)
+            means = zeros + jnp.asarray(mean, value.dtype)
+            totals = {"loss_clean": clean}
+            for name, instead in (("loss_zero", zeros), ("loss_mean", means)):
+                totals[name] = sum(
+                    self._summed_loss(part, site, instead) for part in self._passes
+                )
+            losses = {name: self._mean_loss(total) for name, total in totals.items()}
+            self._baselines[site] = Baseline(mean, losses)
+        return self._baselines[site]
+
+    def _summed_loss(
+        self, part: HeldOut, site: str, value: Float[Array, "B T D"]
+    ) -> float:
+        """The sum of the losses with `value` at the used positions of the site."""
+        edit = replace(value, where=jnp.asarray(part.use))
+        run = self.lm.run(part.tokens, write={site: edit}, losses=True)
+        return _summed(run.losses, part)
+
+    def _mean_loss(self, total: float) -> float:
+        return ratio(total, int(self.heldout.real[:, 1:].sum()))
+
+
+def _rows(value: Float[Array, "B T D"]) -> Float[Array, "BT D"]:
+    return value.reshape(-1, value.shape[-1])
+
+
+def _summed(losses: Float[Array, "B _"] | None, part: HeldOut) -> float:
+    """The sum over the next tokens that are real."""
+    return float(np.asarray(losses)[part.real[:, 1:]].sum(dtype=np.float64))
