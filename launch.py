@@ -2,106 +2,148 @@
 
     python launch.py --experiment=NAME --setting=value ...
 
-`python launch.py --experiment=NAME --help` describes it and all its settings.
+`--experiment=NAME --help` describes it and all its settings. With `--dry_run` the
+settings are checked and shown, and nothing is run.
 """
 
 import importlib
 import sys
+import textwrap
 import traceback
-import typing
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from sae_jax import checks, settings
+
 ROOT = Path(__file__).parent
-EXPERIMENTS = sorted(
-    path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem[0] != "_"
-)
+EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
+PROJECT = ("sae_jax", "experiments")
 
-OWN = ("sae_jax", "experiments")
+OWN = flags.FlagValues()
+flags.DEFINE_string("experiment", None, "which experiment to run", OWN)
+flags.DEFINE_boolean("dry_run", False, "show what would be run, and stop", OWN)
+flags.DEFINE_boolean("help", False, "this text", OWN)
 
 
-def main(argv: list[str]) -> None:
-    """Builds the configuration from the flags and runs the experiment."""
-    if len(argv) > 1:
-        raise app.UsageError(f"settings are given as --name=value, not {argv[1]!r}")
-    name = flags.FLAGS.experiment
-    if name is None:
-        raise app.UsageError(f"--experiment is one of {', '.join(EXPERIMENTS)}")
-    experiment = load(name)
-    values = {field.name: value(field.name) for field in fields(experiment.Config)}
+def main(work: Callable[[], object]) -> None:
+    """Does what was asked for."""
     try:
-        experiment.run(experiment.Config(**values))
+        work()
     except (ValueError, OSError) as error:
         # What the project itself says of bad input is complete; the rest is a fault
         # of ours, and its traceback is needed.
         last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not any(last.is_relative_to(ROOT / own) for own in OWN):
+        if not any(last.is_relative_to(ROOT / own) for own in PROJECT):
             raise
         sys.exit(f"error: {error}")
 
 
-def load(name: str) -> ModuleType:
-    """The module of an experiment."""
-    return importlib.import_module(f"experiments.{name}")
+def read(argv: list[str]) -> Callable[[], object]:
+    """What is asked for. A manual, or the list of all faults, ends the program here.
+
+    absl finds the flags and settings reads their values. What is left after the
+    settings goes to the flags of absl and of other libraries, such as --verbosity.
+    """
+    faults: list[str] = []
+    rest = take(OWN, joined(argv[1:]), faults)
+    name = OWN.experiment
+    if name is None:
+        leave(overview(), 0 if OWN["help"].value else 2)
+    if name not in EXPERIMENTS:
+        leave(f"--experiment: {checks.unknown('experiment', name, EXPERIMENTS)}", 2)
+    experiment = importlib.import_module(f"experiments.{name}")
+    default = experiment.Config()
+    if OWN["help"].value:
+        leave(f"{experiment.__doc__}{manual(default)}")
+    theirs, text = flags.FlagValues(), flags.ArgumentParser()
+    for s in settings.declared(default):
+        flags.DEFINE(text, s.flag, None, s.text, theirs, boolean=s.kind is bool)
+    rest = take(flags.FLAGS, take(theirs, rest, faults), faults)
+    given = {flag: theirs[flag].value for flag in theirs if theirs[flag].present}
+    given |= {a.lstrip("-").split("=")[0]: "" for a in rest if a[:1] == "-"}
+    faults += [f"{a}: settings are given as --name=value" for a in rest if a[:1] != "-"]
+    config, more = settings.build(default, given, also=list(OWN))
+    if faults + more:
+        leave("\n".join(faults + more), 2)
+    if OWN.dry_run:
+        return lambda: print(shown(name, config))
+    return lambda: experiment.run(config)
 
 
-def define_flags(experiment: ModuleType) -> None:
-    """One flag for every field of the experiment's configuration."""
-    described = {}
-    # From the base up: a subclass that only changes a default keeps the description.
-    for base in reversed(experiment.Config.__mro__):
-        for name, hint in typing.get_type_hints(base, include_extras=True).items():
-            if typing.get_origin(hint) is typing.Annotated:
-                described[name] = typing.get_args(hint)
-    for field in fields(experiment.Config):
-        kind, text = described[field.name]
-        define(field.name, kind, field.default, text)
+def joined(arguments: list[str]) -> list[str]:
+    """`--name value` as `--name=value`, so that every argument stands for itself."""
+    found: list[str] = []
+    for argument in arguments:
+        last = found[-1] if found else ""
+        if last.startswith("-") and "=" not in last and argument[:2] != "--":
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
 
 
-def define(name: str, kind: Any, default: Any, text: str) -> None:
-    """A flag of the type that the field is annotated with."""
-    if typing.get_origin(kind) is typing.Literal:
-        flags.DEFINE_enum(name, default, list(typing.get_args(kind)), text)
-    elif kind == tuple[str, ...]:
-        flags.DEFINE_list(name, list(default), text)
-    else:
-        known = {
-            str: flags.DEFINE_string,
-            bool: flags.DEFINE_boolean,
-            int: flags.DEFINE_integer,
-            float: flags.DEFINE_float,
-        }
-        known[kind](name, default, text)
+def take(known: flags.FlagValues, arguments: list[str], faults: list[str]) -> list[str]:
+    """Gives these flags their values, one by one; what is left of the arguments."""
+    rest = known(["launch.py"])[1:]
+    for argument in arguments:
+        try:
+            rest += known(["launch.py", argument], known_only=True)[1:]
+        except (flags.Error, ValueError) as error:
+            faults.append(f"{argument}: {error}")
+    return rest
 
 
-def value(name: str) -> Any:
-    """What a flag was set to, lists as tuples."""
-    given = flags.FLAGS[name].value
-    return tuple(given) if isinstance(given, list) else given
+def leave(text: str, status: int = 0) -> NoReturn:
+    """Ends the program with a text, on stderr if it is of faults."""
+    print(text, file=sys.stderr if status else sys.stdout)
+    sys.exit(status)
 
 
-def entry(argv: list[str]) -> None:
-    """Finds the experiment, defines its flags, and hands over to absl."""
-    flags.DEFINE_enum("experiment", None, EXPERIMENTS, "which experiment to run")
-    joined = " ".join(argv).replace("--experiment ", "--experiment=").split()
-    chosen = [a.split("=", 1)[1] for a in joined if a.startswith("--experiment=")]
-    doc = __doc__ or ""
-    if chosen and chosen[-1] in EXPERIMENTS:
-        experiment = load(chosen[-1])
-        define_flags(experiment)
-        doc = experiment.__doc__ or ""
-    else:
-        for name in EXPERIMENTS:
-            path = ROOT / "experiments" / f"{name}.py"
-            doc += f"\n  {name:14} {path.read_text().split('.', 1)[0][3:]}"
-    sys.modules["__main__"].__doc__ = doc
-    logging.set_verbosity(logging.WARNING)  # of the libraries; --verbosity changes it
-    app.run(main, argv=argv)
+def overview() -> str:
+    """What can be run, with the first line that each experiment says of itself."""
+    lines = [__doc__ or "", "--experiment is one of", ""]
+    for name in EXPERIMENTS:
+        text = (ROOT / "experiments" / f"{name}.py").read_text()
+        lines += [f"  {name}", f"      {text[3:].splitlines()[0]}"]
+    return "\n".join(lines)
+
+
+def manual(default: Any) -> str:
+    """All settings with type, default and description, section by section."""
+    lines, section = [], None
+    for flag, path, kind, value, text, heading in settings.declared(default):
+        if path[:-1] != section:
+            section = path[:-1]
+            lines += ["", heading, ""]
+        no = "[no]" if kind is bool and not section else ""
+        needed, value = settings.needed(kind), settings.show(value)
+        lines += wrapped(f"  --{no}{flag}: {needed} (default: {value})", 8)
+        lines += wrapped(" " * 6 + text, 6)
+    lines += ["", "Flags of launch.py itself.", ""]
+    return "\n".join(lines + [f"  --{name}: {OWN[name].help}" for name in OWN])
+
+
+def wrapped(text: str, later: int) -> list[str]:
+    """Lines of at most 88 columns, the later ones indented; no word is broken."""
+    form = textwrap.TextWrapper(88, subsequent_indent=" " * later)
+    form.break_long_words = form.break_on_hyphens = False
+    return form.wrap(text)
+
+
+def shown(name: str, config: Any) -> str:
+    """The settings as they can be given again, and what the experiment estimates."""
+    rows = {"--experiment": name}
+    rows |= {f"--{s.flag}": settings.show(s.value) for s in settings.declared(config)}
+    width = max(map(len, rows))
+    lines = [f"{flag:{width}} = {value}" for flag, value in rows.items()]
+    if hasattr(config, "estimates"):
+        lines += ["", *(f"{what}: {n}" for what, n in config.estimates().items())]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    entry(sys.argv)
+    logging.set_verbosity(logging.WARNING)  # of the libraries; --verbosity changes it
+    app.run(main, argv=sys.argv, flags_parser=read)

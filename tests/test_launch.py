@@ -1,17 +1,24 @@
-"""The command line: manuals, refusals, and a whole harvest."""
+"""The command line: manuals, dry runs, refusals, and a whole harvest."""
 
+import importlib
+import re
+import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
+import launch
+from sae_jax import settings
 from sae_jax.activations import Shards
 
 ROOT = Path(__file__).parent.parent
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess:
+def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "launch.py", *arguments],
         cwd=ROOT,
@@ -21,33 +28,131 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_help_lists_all_experiments():
-    text = launch("--help").stdout
+@dataclass(frozen=True)
+class Training:
+    """How it is trained."""
+
+    lr: Annotated[float, "learning rate"] = 1e-3
+    log: Annotated[bool, "whether it is logged"] = False
+
+
+@dataclass
+class Config:
+    """What can be set."""
+
+    name: Annotated[str, "of the run, " + "told-at-length " * 6] = "a b"
+    join: Annotated[bool, "whether it is joined"] = True
+    train: Training = Training()
+
+    def estimates(self) -> dict[str, str]:
+        return {"parameters": "1,024", "rate": f"{self.train.lr}"}
+
+
+def test_help_lists_all_experiments_and_how_to_go_on():
+    done = run("--help")
+    assert done.returncode == 0
     for path in (ROOT / "experiments").glob("[a-z]*.py"):
         first = path.read_text().split("\n")[0].strip('".')
-        assert f"{path.stem} " in text
-        assert first in text
+        assert f"\n  {path.stem}\n" in done.stdout
+        assert first in done.stdout
+    assert "--experiment=NAME --help" in done.stdout
 
 
 def test_help_of_an_experiment_is_its_manual():
-    text = launch("--experiment=harvest", "--help").stdout
-    assert "Command:  python launch.py --experiment=harvest" in text
+    done = run("--experiment=harvest", "--help", "--rows=many")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Writes a language model's activations to disk")
+    assert "Command:  python launch.py --experiment=harvest" in done.stdout
     for setting in ("--sites", "--dataset", "--rows", "--[no]join", "--lm"):
-        assert f"  {setting}" in text
+        assert f"\n  {setting}: " in done.stdout
+    assert (
+        "\n  --source: one of flax, torch (default: flax)\n"
+        "      what runs it: transformers' Flax models, or any causal LM in PyTorch "
+    ) in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 88
+
+
+def test_a_manual_goes_section_by_section():
+    text = launch.manual(Config())
+    assert text == (
+        "\nWhat can be set.\n"
+        "\n"
+        "  --name: text (default: 'a b')\n"
+        "      of the run, told-at-length told-at-length told-at-length "
+        "told-at-length\n"
+        "      told-at-length told-at-length\n"
+        "  --[no]join: true or false (default: true)\n"
+        "      whether it is joined\n"
+        "\nHow it is trained.\n"
+        "\n"
+        "  --config.train.lr: a number (default: 0.001)\n"
+        "      learning rate\n"
+        "  --config.train.log: true or false (default: false)\n"
+        "      whether it is logged\n"
+        "\nFlags of launch.py itself.\n"
+        "\n"
+        "  --experiment: which experiment to run\n"
+        "  --dry_run: show what would be run, and stop\n"
+        "  --help: this text"
+    )
 
 
 def test_the_papers_setting_is_the_plain_default_of_its_experiment():
-    text = launch("--experiment=harvest_gpt2", "--help").stdout
-    for default in ("'Skylion007/openwebtext'", "'gpt2'", "'resid_pre.8'", "'128'"):
-        assert f"default: {default}" in text
+    """A dry run shows it, in a form that can be given again."""
+    done = run(
+        *("--experiment=harvest_gpt2", "--dry_run", "--verbosity=1"),
+        *("--sites", "resid_pre.7, x"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = dict(re.split(" += ", line) for line in done.stdout.splitlines())
+    assert shown["--experiment"] == "harvest_gpt2"
+    assert shown["--dataset"] == "Skylion007/openwebtext"
+    assert shown["--lm"] == "gpt2"
+    assert shown["--context"] == "128"
+    assert shown["--sites"] == "resid_pre.7,x"
+    assert shown["--subset"] == "''"
+    assert len({line.index(" = ") for line in done.stdout.splitlines()}) == 1
+
+
+def test_a_dry_run_of_sections_shows_estimates_and_reads_back():
+    config, faults = settings.build(Config(), {"config.train.lr": "1/4", "name": "x y"})
+    assert faults == []
+    text = launch.shown("toy", config)
+    assert text == (
+        "--experiment       = toy\n"
+        "--name             = 'x y'\n"
+        "--join             = true\n"
+        "--config.train.lr  = 0.25\n"
+        "--config.train.log = false\n"
+        "\n"
+        "parameters: 1,024\n"
+        "rate: 0.25"
+    )
+    lines = text.split("\n\n")[0].splitlines()[1:]
+    given = dict(
+        re.split(" += ", line.removeprefix("--"), maxsplit=1) for line in lines
+    )
+    texts = {flag: shlex.split(value)[0] for flag, value in given.items()}
+    assert settings.build(Config(), texts) == (config, [])
+
+
+@pytest.mark.parametrize("name", launch.EXPERIMENTS)
+def test_the_defaults_of_every_experiment_can_be_written_out_and_read_back(name):
+    config = importlib.import_module(f"experiments.{name}").Config()
+    found = settings.declared(config)
+    assert len(found) > 5
+    for setting in found:
+        (text,) = shlex.split(settings.show(setting.value))
+        assert settings.parse(text, setting.kind) == setting.value
+    assert settings.from_dict(type(config), settings.to_dict(config)) == config
 
 
 def test_a_harvest_from_the_command_line_and_its_second_half(tmp_path):
     """The default: the embedded model on the embedded text."""
     sites = ("resid_pre.1", "head_out.3")
-    command = ["--experiment=harvest", f"--out={tmp_path}", "--rows_per_shard=200"]
+    command = ["--experiment", "harvest", f"--out={tmp_path}", "--rows_per_shard=200"]
     for rows in (200, 300):
-        done = launch(*command, f"--sites={','.join(sites)}", f"--rows={rows}")
+        done = run(*command, f"--sites={','.join(sites)}", f"--rows={rows}")
         assert done.returncode == 0, done.stderr
         assert f"{rows} rows of resid_pre.1, head_out.3" in done.stdout
         assert "rows/s" in done.stderr
@@ -55,23 +160,59 @@ def test_a_harvest_from_the_command_line_and_its_second_half(tmp_path):
     assert len(Shards(tmp_path)) == 300
 
 
+def test_all_faults_of_a_command_are_one_list(tmp_path):
+    out = tmp_path / "not_made"
+    done = run(
+        *("--experiment=harvest", f"--out={out}", "rows=3", "--row", "3", "--nojoin=1"),
+        *("--rows=many", "--source=tensorflow", "--rows_per_shard=0", "--verbosity=x"),
+        *("--config.lm=x", "--context"),
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert not out.exists()
+    assert done.stderr.splitlines() == [
+        "--nojoin=1: --nojoin=1 does not take an argument",
+        "--context: Missing value for flag --context",
+        "--verbosity=x: flag --verbosity=x: invalid literal for int() with base 10: "
+        "'x'",
+        "rows=3: settings are given as --name=value",
+        "--row: there is no such setting. Did you mean --rows?",
+        "--config.lm: there is no such setting. Did you mean --lm?",
+        "--source: 'tensorflow' is not one of flax, torch",
+        "--rows: 'many' is not an integer",
+        "--rows_per_shard=0 must be at least 1",
+    ]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["--experiment=harvst"], "value should be one of"),
-        ([], "--experiment is one of"),
-        (["--experiment=harvest", "--row=3"], "Did you mean: rows"),
-        (["--experiment=harvest", "--rows=many"], "rows"),
-        (["--experiment=harvest", "--rows=0"], "error: rows=0 must be at least 1"),
-        (["--experiment=harvest", "--source=tensorflow"], "value should be one of"),
-        (["--experiment=harvest", "rows=3"], "settings are given as --name=value"),
-        (["--experiment=harvest", "--lm=./no"], "error: lm='./no' is not a folder"),
-        (["--experiment=harvest", "--dataset=/no/such"], "is not on this machine"),
+        (
+            ["--experiment=harvst", "--help"],
+            2,
+            "--experiment: Unknown experiment 'harvst'. Did you mean 'harvest'? Known: "
+            "bench_lm, ",
+        ),
+        ([], 2, "--experiment is one of"),
+        (["--experiment=harvest", "--lm=./no"], 1, "error: lm='./no' is not a folder"),
+        (["--experiment=harvest", "--dataset=/no/such"], 1, "is not on this machine"),
     ],
 )
-def test_bad_commands_get_one_clear_error(arguments, message):
-    done = launch(*arguments)
-    text = done.stdout + done.stderr
-    assert done.returncode != 0
-    assert message in text
-    assert "Traceback" not in text
+def test_bad_commands_get_one_clear_error(arguments, status, message):
+    done = run(*arguments)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_a_fault_of_the_programs_own_keeps_its_traceback():
+    """Only what the project says of bad input is shown as one line."""
+    with pytest.raises(ValueError, match="invalid literal"):
+        launch.main(lambda: int("x"))  # raised in this file, which is none of its own
+
+
+def test_an_argument_takes_the_value_that_follows_it():
+    assert launch.joined("--rows 3 -v 1 x --lr -1 --a=b c --join --out".split()) == [
+        *("--rows=3", "-v=1", "x", "--lr=-1", "--a=b", "c", "--join", "--out"),
+    ]
