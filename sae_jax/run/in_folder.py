@@ -1,0 +1,91 @@
+"""A run in a folder: what `Loop` needs, opened there; what it leaves, saved there."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from sae_jax import checks
+from sae_jax.run.checkpoints import Checkpoints
+from sae_jax.run.folder import RunFolder
+from sae_jax.run.log import JsonLines, Log, TensorBoard, Timing, Wandb, read_lines
+from sae_jax.run.loop import EVERY, Evaluate, Every, Loop
+from sae_jax.run.members import Member, Stream
+from sae_jax.run.stop import Stop
+from sae_jax.trained import TrainedSAE
+from sae_jax.training.recipe import Recipe
+
+METRICS = "metrics.jsonl"
+
+
+def train_in_folder(
+    path: str | Path,
+    config: dict[str, Any],
+    members: Mapping[str, Member],
+    stream: Stream,
+    recipe: Recipe,
+    *,
+    stop: Stop,
+    every: Every = EVERY,
+    evaluate: Evaluate | None = None,
+    about: Mapping[str, Any] | None = None,
+    wandb: str = "",
+    progress: bool = True,
+) -> dict[str, TrainedSAE]:
+    """Trains, or goes on training, and saves the SAEs below `path`.
+
+    Args:
+      path: the run's folder; see `RunFolder`.
+      config: every setting; the folder is refused to a run with others.
+      members: the SAEs; see `Loop`, also for what follows.
+      stream: where batches come from.
+      recipe: how they are trained.
+      stop: entered by the caller, so that it also covers what comes before.
+      every: how often to log, evaluate and save.
+      evaluate: called with the name, description and arrays of a member.
+      about: provenance, kept with every SAE.
+      wandb: project of Weights & Biases, if metrics go there as well.
+      progress: whether to show a bar.
+    """
+
+    def logs(start: int) -> Sequence[Log]:
+        opened: list[Log] = [
+            JsonLines(folder / METRICS, start),
+            Timing(folder / "timing.jsonl"),
+            TensorBoard(folder / "tensorboard", start),
+        ]
+        if wandb:
+            opened.append(Wandb(folder.path, wandb, config))
+        return opened
+
+    checks.raise_all(
+        f"{name!r} cannot be the name of an SAE, since a folder is named after it; "
+        f"take letters, digits and any of _ - + = . ( ) ,"
+        for name in members
+        if not re.fullmatch(r"[\w(][\w.+=(), -]*", name)
+    )
+    folder = RunFolder(path, config)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=every.keep)
+    with closing(folder), closing(checkpoints):
+        trained = Loop(
+            members,
+            stream,
+            recipe,
+            every=every,
+            logs=logs,
+            checkpoints=checkpoints,
+            evaluate=evaluate,
+            stop=stop,
+            progress=progress,
+        ).run()
+        lines = read_lines(folder / METRICS)  # those before a resume as well
+        for name, one in trained.items():
+            trained[name] = dataclasses.replace(
+                one,
+                about={**(about or {}), **one.about},
+                history=[line for line in lines if line["sae"] == name],
+            )
+            trained[name].save(folder / "saes" / name)
+    return trained

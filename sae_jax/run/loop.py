@@ -1,0 +1,260 @@
+"""The loop: feed, step, note, evaluate, save; for one SAE or many on the same batches.
+
+After step t come its duties, in this order: metrics, evaluation, checkpoint. A run that
+goes on from a checkpoint of step t does the duties of step t once more, and its log
+drops what it had of them; so it does not matter when it was stopped. Metrics stay on
+the device until the next window of steps is on its way.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Annotated, Any, NamedTuple
+
+from tqdm import tqdm
+
+from sae_jax import checks
+from sae_jax.model import SAE
+from sae_jax.run.checkpoints import Checkpoints
+from sae_jax.run.log import Log, plain
+from sae_jax.run.members import Held, Member, Rows, Stream, compile_steps, fresh, shapes
+from sae_jax.run.progress import Progress
+from sae_jax.run.stop import Stop, nothing_to_save
+from sae_jax.trained import TrainedSAE
+from sae_jax.training.recipe import Recipe
+from sae_jax.training.window import Window
+from sae_jax.variables import Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """How often things are done."""
+
+    log: Annotated[int, "steps over which metrics are averaged"] = 50
+    evaluate: Annotated[int, "steps between evaluations; 0: only at the end"] = 0
+    save: Annotated[int, "steps between checkpoints"] = 1000
+    keep: Annotated[int, "how many of the newest checkpoints stay"] = 2
+
+    def __post_init__(self) -> None:
+        faults = checks.field_faults("", self)
+        faults += [
+            f"{name}=0 must be at least 1."
+            for name in ("log", "save", "keep")
+            if getattr(self, name) == 0
+        ]
+        checks.raise_all(faults)
+
+
+class NotFinite(ValueError):
+    """Training went out of range; says where, and what is left."""
+
+
+class Point(NamedTuple):
+    """Where training stands: after `step` steps."""
+
+    step: int
+    held: dict[str, Held]
+    position: Any
+
+
+Evaluate = Callable[[str, SAE, Variables], Mapping[str, Any]]
+EVERY = Every()
+
+
+class Loop:
+    """Trains members; `run` does it.
+
+    Args:
+      members: the SAEs, by name.
+      stream: where batches come from.
+      recipe: how they are trained.
+      every: how often to log, evaluate and save.
+      logs: given the step at which the run begins, opens what metrics go to.
+      checkpoints: where to save, if at all.
+      evaluate: called with the name, description and arrays of a member.
+      stop: what saves when the process is told to end.
+      progress: whether to show a bar.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Member],
+        stream: Stream,
+        recipe: Recipe,
+        *,
+        every: Every = EVERY,
+        logs: Callable[[int], Sequence[Log]] = lambda start: (),
+        checkpoints: Checkpoints | None = None,
+        evaluate: Evaluate | None = None,
+        stop: Stop | None = None,
+        progress: bool = True,
+    ):
+        checks.raise_all(
+            f"{name}: {fault}"
+            for name, member in members.items()
+            for fault in member.faults(stream.widths)
+        )
+        self.members, self.stream, self.recipe = dict(members), stream, recipe
+        self.every, self.checkpoints, self.evaluate = every, checkpoints, evaluate
+        self.history: dict[str, list[dict[str, Any]]] = {name: [] for name in members}
+        self._open_logs, self._show, self._stop = logs, progress, stop or Stop()
+        self._unread: tuple[int, dict[str, Window]] | None = None
+
+    def run(self) -> dict[str, TrainedSAE]:
+        """Trains to the end, from the newest checkpoint if there is one."""
+        found = None
+        if self.checkpoints:
+            like = {"held": shapes(self.members, self.recipe, self.stream)}
+            found = self.checkpoints.restore(like, tqdm.write)
+        start = found.step if found else 0
+        position = found.notes["position"] if found else None
+        batches: Iterator[Rows] = iter(())
+        if start < self.recipe.steps:
+            batches = self.stream.batches(start, position)
+        first = next(batches, None)
+        if found:
+            held = {name: found.state["held"][name] for name in self.members}
+            self._point = Point(start, held, position)
+        elif first is None:
+            raise ValueError("there are no activations to train on")
+        else:
+            held = {n: fresh(m, self.recipe, first) for n, m in self.members.items()}
+            self._point = Point(0, held, self.stream.position(0))
+        total = self.recipe.steps * self.stream.batch
+        done = start * self.stream.batch
+        with ExitStack() as opened:
+            self._bar = opened.enter_context(Progress(total, done, show=self._show))
+            self._logs = self._open_logs(start)
+            opened.callback(self._end)
+            self._stop.save = self._save_now
+            self._train(first, batches)
+            if self.checkpoints:
+                self.checkpoints.wait()
+        return {name: self._trained(name) for name in self.members}
+
+    def _end(self) -> None:
+        """Closes the logs; a stop from here on has nothing to save."""
+        with self._stop.lock:
+            self._stop.save = nothing_to_save
+            for log in self._logs:
+                log.close()
+
+    def _train(self, rows: Rows | None, batches: Iterator[Rows]) -> None:
+        """Steps and duties, until all steps are done or the activations end."""
+        steps = {}
+        if rows is not None:
+            steps = compile_steps(self.members, self.recipe, self._point.held, rows)
+        while True:
+            t = self._point.step
+            logged = self._duties(t, last=rows is None)
+            if rows is None:
+                return
+            with self._stop.lock:  # while a step runs, its state is nowhere whole
+                held = {}
+                for name, (state, window) in self._point.held.items():
+                    window = window.restarted() if logged else window
+                    batch = self.members[name].batch(rows)
+                    held[name] = Held(*steps[name](state, window, batch))
+                self._point = Point(t + 1, held, self.stream.position(t + 1))
+            self._bar.step(self.stream.batch)
+            rows = next(batches, None) if t + 1 < self.recipe.steps else None
+
+    def _duties(self, t: int, last: bool) -> bool:
+        """What is due after t steps; whether that began a new window."""
+        logs = t > 0 and (last or t % self.every.log == 0)
+        every = self.every.evaluate
+        evaluates = t > 0 and (last or (every > 0 and t % every == 0))
+        saves = t > 0 and (last or t % self.every.save == 0)
+        if logs:
+            self._read_window()
+            self._unread = t, {n: held.window for n, held in self._point.held.items()}
+        if evaluates:
+            self._evaluate(t)
+        if saves:
+            with self._stop.lock:
+                self._save()
+        return logs
+
+    def _read_window(self) -> None:
+        """Notes the metrics of the last finished window, once they are wanted."""
+        with self._stop.lock:
+            if self._unread is None:
+                return
+            t, windows = self._unread
+            means = {}
+            for name, window in windows.items():
+                self._require_finite(name, t, window)
+                means[name] = window.means()
+                self._note(t, name, "train", means[name])
+            self._unread = None
+            self._bar.show(means)
+
+    def _note(self, t: int, name: str, kind: str, values: Mapping[str, Any]) -> None:
+        line = {"step": t, "sae": name, "kind": kind, "rows": t * self.stream.batch}
+        line |= {metric: plain(value) for metric, value in values.items()}
+        self.history[name].append(line)
+        for log in self._logs:
+            log.write(line)
+
+    def _require_finite(self, name: str, t: int, window: Window) -> None:
+        bad = int(window.bad_step)
+        if bad < 0:
+            return
+        steps = self.checkpoints.steps() if self.checkpoints else []
+        good = (
+            f"The last good checkpoint is {self.checkpoints.path(steps[-1])}. "
+            if (self.checkpoints and steps)
+            else "There is no checkpoint. "
+        )
+        raise NotFinite(
+            f"{name}: the loss or its gradient was not finite in step {bad}, in the "
+            f"window of steps {t - int(window.count)} to {t - 1}. {good}"
+            f"Lower the learning rate, clip gradients, or look for huge activations."
+        )
+
+    def _evaluate(self, t: int) -> None:
+        self._read_window()
+        if self.evaluate is None:
+            return
+        for name in self.members:
+            now = self._trained(name)
+            scores = self.evaluate(name, now.sae, now.variables)
+            with self._stop.lock:
+                self._note(t, name, "eval", scores)
+
+    def _save(self) -> None:
+        """Begins a checkpoint of this point; all before it is on disk first."""
+        if self.checkpoints is None:
+            return
+        self._read_window()
+        for name, held in self._point.held.items():
+            self._require_finite(name, self._point.step, held.window)
+        for log in self._logs:
+            log.flush()
+        notes = {"position": self._point.position}
+        self.checkpoints.save(self._point.step, {"held": self._point.held}, notes)
+
+    def _save_now(self) -> str:
+        """What happens when the process is told to end."""
+        if self.checkpoints is None:
+            return "Nothing is saved, since the run has no folder."
+        if self._point.step:
+            self._save()
+        self.checkpoints.wait()
+        return (
+            f"{self._point.step} steps are safe in {self.checkpoints.folder}. "
+            f"The same command goes on."
+        )
+
+    def _trained(self, name: str) -> TrainedSAE:
+        member, state = self.members[name], self._point.held[name].state
+        about = {
+            "site": member.site,
+            "target": member.target,
+            "seed": member.seed,
+            "steps": self._point.step,
+            "rows": self._point.step * self.stream.batch,
+            "recipe": dataclasses.asdict(self.recipe),
+        }
+        sae = self.recipe.knob.reached(member.sae, state.step, state.control)
+        return TrainedSAE(sae, state.variables, about, self.history[name])
