@@ -1,12 +1,13 @@
 """Sparse autoencoders for interpretability research, as pure functions in JAX.
 
-sae = SAE(d_in=768, n_features=12288, rule="top_afa(coef=0.03125)")
-optimiser = adam(learning_rate(3e-4, steps=20_000, warmup=500))
-state = init_state(sae, optimiser, jax.random.key(0))
-step = make_step(sae, optimiser)
-state, metrics = step(state, {"x": activations})
-codes = sae.encode(state.variables, activations)
+sae = sae_jax.train(activations, "top_afa(coef=0.03125)", n_features=12288)
+x_hat, codes = sae(activations)
+sae.save("runs/mine")
+again = sae_jax.load("runs/mine")
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from sae_jax import codes, over_batch, quasi_orthogonality, select
 from sae_jax.checks import Signed, require_finite
@@ -24,24 +25,52 @@ from sae_jax.fold import fold_scale
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
 from sae_jax.rules import RULES, load_file, parse, register
+from sae_jax.run.members import Member
+from sae_jax.trained import TrainedSAE, load
 from sae_jax.training.knob import Knob
 from sae_jax.training.optim import adam, learning_rate
+from sae_jax.training.recipe import Recipe
 from sae_jax.training.step import TrainState, init_state, make_step
 from sae_jax.variables import Output, Variables
+
+if TYPE_CHECKING:
+    from sae_jax.fit import train, train_many
+    from sae_jax.run.loop import Every
+else:
+    # These bring Orbax and grain with them, which take seconds to import.
+    _WHEN_ASKED_FOR = {
+        "Every": "sae_jax.run.loop",
+        "train": "sae_jax.fit",
+        "train_many": "sae_jax.fit",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WHEN_ASKED_FOR:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_WHEN_ASKED_FOR[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "RULES",
     "SAE",
     "AuxK",
     "Encoded",
+    "Every",
     "Inputs",
     "Knob",
+    "Member",
     "Output",
     "Penalty",
+    "Recipe",
     "Rule",
     "Signed",
     "Sparse",
     "TrainState",
+    "TrainedSAE",
     "Variables",
     "Weights",
     "adam",
@@ -51,6 +80,7 @@ __all__ = [
     "from_selection",
     "init_state",
     "learning_rate",
+    "load",
     "load_file",
     "make_step",
     "over_batch",
@@ -60,4 +90,6 @@ __all__ = [
     "require_finite",
     "select",
     "to_dense",
+    "train",
+    "train_many",
 ]

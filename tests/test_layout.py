@@ -61,8 +61,12 @@ socket.socket.connect = refuse
 import sae_jax
 from jax._src import xla_bridge
 assert not xla_bridge._backends, "import started a backend"
-heavy = {"torch", "transformers", "datasets", "orbax.checkpoint", "matplotlib"}
-print(sorted(heavy & set(sys.modules)))
+heavy = "torch transformers datasets orbax.checkpoint matplotlib grain tensorboardX"
+print(sorted({*heavy.split()} & set(sys.modules)))
+assert {*sae_jax.__all__} <= {*dir(sae_jax)}
+assert not {"orbax.checkpoint", "grain"} & set(sys.modules), "dir() imports"
+from sae_jax import *
+assert train is sae_jax.train and {"orbax.checkpoint", "grain"} <= set(sys.modules)
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
