@@ -1,4 +1,4 @@
-# One place for every command: `make install`, `make test`, `make test-slow`.
+# One place for every command: `make demo`, `make test`, and those of `make help`.
 # Each does all of its own set-up; nothing outside this folder is touched.
 
 PYTEST = $(BIN)/python -m pytest -n auto
@@ -7,10 +7,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install lint test test-slow parity bench-lm lock clean
+.PHONY: help install demo lint test test-slow parity bench-lm lock clean
 
 help:
 	@echo "make install    build .venv from nothing (idempotent)"
+	@echo "make demo       train and compare three SAEs; prints a table, writes a report"
 	@echo "make test       lint, types, import layers, whole test suite"
 	@echo "make test-slow  the tests that train for more than seconds"
 	@echo "make parity DIR=folder  replay recorded runs of the Top-AFA authors' code"
@@ -26,6 +27,9 @@ $(STAMP): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint requirements.lock --editable '.[dev]'
 	@touch $@
+
+demo: install
+	$(BIN)/python launch.py --experiment=demo
 
 lint: install
 	$(BIN)/ruff format --check .

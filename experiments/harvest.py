@@ -10,6 +10,7 @@ Leaves:   out/shard-*.safetensors and out/manifest.json
 Expected: see the README's table for rows per second on stated hardware.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -32,12 +33,26 @@ class Config(ModelConfig, TextConfig):
         Literal["bfloat16", "float32"], "the type in which activations are stored"
     ] = "bfloat16"
 
+    def faults(self) -> Iterator[str]:
+        """Counts that count nothing."""
+        for name in ("rows", "rows_per_shard", "contexts_per_pass"):
+            if getattr(self, name) < 1:
+                yield f"{name}={getattr(self, name)} must be at least 1"
+
+    def estimates(self) -> dict[str, str]:
+        """What a dry run says of size."""
+        lm = self.outline() or self.open_lm()
+        wide = sum(lm.width(site) for site in self.sites)
+        size = 2 if self.dtype == "bfloat16" else 4
+        return {
+            "rows": f"{self.rows:,} of {len(self.sites)} sites, {wide} wide in all",
+            "disk": f"{self.rows * (wide * size + 16) / 1e9:.2g} GB",
+            "memory": f"{self.rows_per_shard * wide * size / 1e9:.2g} GB for a shard",
+        }
+
 
 def run(config: Config) -> None:
     """Harvests, or goes on with a harvest."""
-    for name in ("rows", "rows_per_shard", "contexts_per_pass"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
     documents = config.open_documents()
     tokenizer = config.open_tokenizer()
     lm = config.open_lm()

@@ -13,26 +13,33 @@ Leaves:   out/model (Hugging Face layout, bfloat16), out/loss.jsonl, out/report.
 import json
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 from safetensors.flax import save_file
 from tokenizers import ByteLevelBPETokenizer
-from transformers import FlaxGPT2LMHeadModel, GPT2Config, GPT2TokenizerFast
 
 from experiments._counting import fit_bigram, fit_unigram
-from sae_jax.lm.flax_lm import next_token_losses
+from sae_jax.run.checkpoints import Checkpoints
+from sae_jax.run.folder import RunFolder
+from sae_jax.run.log import JsonLines, read_lines
+from sae_jax.settings import to_dict
 from sae_jax.text import corpus
 
-BOS = "<|endoftext|>"
+if TYPE_CHECKING:
+    # Imported where they are used: transformers takes seconds, which the manual and a
+    # dry run need not wait for.
+    from transformers import FlaxGPT2LMHeadModel, GPT2Config, GPT2TokenizerFast
+
+BOS, LOG = "<|endoftext|>", "loss.jsonl"
 
 
 @dataclass
@@ -55,11 +62,26 @@ class Config:
     seed: Annotated[int, "of the initial weights and the order of the batches"] = 0
     eval_every: Annotated[int, "steps between evaluations and checkpoints"] = 250
 
+    def estimates(self) -> dict[str, str]:
+        """What a dry run says of size."""
+        block = 12 * self.width**2 + 13 * self.width
+        ends = (self.vocab_size + self.context + 2) * self.width
+        tokens = self.steps * self.batch * self.context
+        return {
+            "parameters": f"{self.layers * block + ends:,}",
+            "tokens": f"{tokens:,} ({self.steps:,} steps of {self.batch} contexts)",
+        }
+
 
 def run(config: Config) -> dict:
     """Trains or resumes, evaluates, and writes the model; returns the report."""
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    settings = {name: v for name, v in to_dict(config).items() if name != "out"}
+    with closing(RunFolder(config.out, settings)) as folder:
+        return train_and_write(config, folder.path)
+
+
+def train_and_write(config: Config, out: Path) -> dict:
+    """What `run` does in its folder."""
     tokenizer = get_tokenizer(out / "model", config.vocab_size)
     parts = {part: flat_tokens(tokenizer, part) for part in corpus.PARTS}
     model = new_model(config)
@@ -73,8 +95,10 @@ def run(config: Config) -> dict:
     return report
 
 
-def new_model(config: Config) -> FlaxGPT2LMHeadModel:
+def new_model(config: Config) -> "FlaxGPT2LMHeadModel":
     """A GPT-2 with random weights; without dropout, as it is small for its text."""
+    from transformers import FlaxGPT2LMHeadModel, GPT2Config
+
     return FlaxGPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size,
@@ -99,8 +123,10 @@ class Flat(NamedTuple):
     n_bytes: int
 
 
-def get_tokenizer(folder: Path, vocab_size: int) -> GPT2TokenizerFast:
+def get_tokenizer(folder: Path, vocab_size: int) -> "GPT2TokenizerFast":
     """The trained tokenizer; trained on the training part if it is not there yet."""
+    from transformers import GPT2TokenizerFast
+
     if not (folder / "tokenizer.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         bpe = ByteLevelBPETokenizer()
@@ -119,7 +145,7 @@ def get_tokenizer(folder: Path, vocab_size: int) -> GPT2TokenizerFast:
     return GPT2TokenizerFast.from_pretrained(folder)
 
 
-def flat_tokens(tokenizer: GPT2TokenizerFast, part: str) -> Flat:
+def flat_tokens(tokenizer: "GPT2TokenizerFast", part: str) -> Flat:
     """Tokens of all documents of a part, each after a BOS."""
     texts = list(corpus.documents(part))
     rows = tokenizer(texts, verbose=False)["input_ids"]
@@ -135,6 +161,8 @@ def windows(tokens: np.ndarray, context: int) -> np.ndarray:
 
 def nll(model, params, tokens):
     """Next-token losses in nats, [batch, context - 1]."""
+    from sae_jax.lm.flax_lm import next_token_losses
+
     logits = model.module.apply(
         {"params": params},
         tokens,
@@ -168,17 +196,10 @@ def train(config: Config, model, tokens: np.ndarray, validation: np.ndarray):
         return optax.apply_updates(params, updates), opt_state, loss
 
     state = {"params": model.params, "opt_state": optimiser.init(model.params)}
-    folder = (Path(config.out) / "checkpoints").absolute()
-    log = Path(config.out) / "loss.jsonl"
-    with ocp.CheckpointManager(
-        folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    ) as manager:
-        start = manager.latest_step() or 0
-        if start:
-            args = ocp.args.StandardRestore(state)
-            state = manager.restore(start, args=args)
-            keep = [r for r in read_log(log) if r["step"] <= start]
-            log.write_text("".join(json.dumps(row) + "\n" for row in keep))
+    with closing(Checkpoints(Path(config.out) / "checkpoints")) as checkpoints:
+        found = checkpoints.restore(state)
+        start, state = (found.step, found.state) if found else (0, state)
+        log = JsonLines(Path(config.out) / LOG, start + 1)
         losses, began = [], time.time()
         for t in range(start, config.steps):
             index = [order[t * config.batch + i] for i in range(config.batch)]
@@ -197,10 +218,11 @@ def train(config: Config, model, tokens: np.ndarray, validation: np.ndarray):
                     "seconds_per_step": (time.time() - began) / len(losses),
                 }
                 losses, began = [], time.time()
-                with log.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                log.write(row)
+                log.flush()
                 print(row, flush=True)
-                manager.save(done, args=ocp.args.StandardSave(state))
+                checkpoints.save(done, state, {})
+        log.close()
     return state["params"]
 
 
@@ -215,7 +237,7 @@ def mean_nll(model, params, rows: np.ndarray, batch: int = 16) -> float:
     return total / (len(rows) * (rows.shape[1] - 1))
 
 
-def save(model_config: GPT2Config, params, folder: Path) -> None:
+def save(model_config: "GPT2Config", params, folder: Path) -> None:
     """Hugging Face layout, with the PyTorch names that every loader knows."""
     tensors = {}
     for path, value in flatten_dict(params).items():
@@ -271,13 +293,6 @@ def samples(model, params, tokenizer, length: int) -> list[str]:
     return texts
 
 
-def read_log(path: Path) -> list[dict]:
-    """All rows of a log of JSON lines."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def plot(out: Path) -> None:
     """The loss curve."""
     import matplotlib
@@ -285,7 +300,7 @@ def plot(out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = read_log(out / "loss.jsonl")
+    rows = read_lines(out / LOG)
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name in ("train", "validation"):
         axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)

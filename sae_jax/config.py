@@ -5,12 +5,19 @@ description everywhere. Only experiments and `launch.py` know of them.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal
 
+from sae_jax import checks
+from sae_jax.architecture import DType
+from sae_jax.evaluation import Evaluator, HeldOut
+from sae_jax.model import SAE
+from sae_jax.start import Start
 from sae_jax.text.contexts import Packing
 from sae_jax.text.documents import Documents, Part
 from sae_jax.text.opening import open_documents
 from sae_jax.text.tokenizer import load_tokenizer
+from sae_jax.treatment import Treatment
 
 
 @dataclass
@@ -42,9 +49,23 @@ class ModelConfig:
 
         return TorchLM.load(self.lm, dtype=self.lm_dtype)
 
+    def outline(self) -> Any:
+        """The model's sites and widths, without its weights; None for PyTorch."""
+        if self.source == "torch":
+            return None
+        return outline(self.lm)
+
     def open_tokenizer(self) -> Any:
         """Its tokenizer."""
         return load_tokenizer(self.lm)
+
+
+@cache
+def outline(name: str) -> Any:
+    """`FlaxLM.outline`, kept, since it is asked for often."""
+    from sae_jax.lm.flax_lm import FlaxLM
+
+    return FlaxLM.outline(name)
 
 
 @dataclass
@@ -68,11 +89,11 @@ class TextConfig:
     skip: Annotated[int, "positions at each context's start that are not used"] = 0
     text_seed: Annotated[int, "order of the documents, where they are files"] = 0
 
-    def open_documents(self) -> Documents:
-        """The documents."""
+    def open_documents(self, part: Part | None = None) -> Documents:
+        """The documents; those of another part if one is given."""
         return open_documents(
             self.dataset,
-            part=self.part,
+            part=part or self.part,
             column=self.column,
             split=self.split,
             subset=self.subset or None,
@@ -87,3 +108,92 @@ class TextConfig:
         """What decides the documents, as plain values."""
         names = ("dataset", "part", "column", "split", "subset", "text_seed")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """The SAE, apart from its rule."""
+
+    n_features: Annotated[
+        int, "size of the dictionary; 0: the expansion times the width"
+    ] = 0
+    expansion: Annotated[int, "features for each dimension of the activations"] = 16
+    treatment: Annotated[
+        Treatment,
+        "what is done to rows first: nothing, each row standardised (as in the Top-AFA "
+        "paper's code), or all scaled by one constant",
+    ] = "none"
+    b_dec_start: Annotated[
+        Start, "where the decoder bias starts; estimated from the first batch"
+    ] = "zeros"
+    dtype: Annotated[DType, "type of the operands of matrix products"] = "float32"
+
+    def __post_init__(self) -> None:
+        faults = checks.field_faults("", self)
+        if not faults and self.n_features == 0 == self.expansion:
+            faults.append("expansion=0 leaves no features; give at least 1.")
+        checks.raise_all(faults)
+
+    def make(self, rule: str, width: int, target: int | None = None) -> SAE:
+        """The SAE for activations of this width, or a transcoder."""
+        return SAE(
+            d_in=width,
+            n_features=self.n_features or self.expansion * width,
+            rule=rule,
+            d_out=target,
+            treatment=self.treatment,
+            b_dec_start=self.b_dec_start,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches of activations."""
+
+    batch: Annotated[int, "rows (tokens) per step"] = 1024
+    buffer: Annotated[
+        int,
+        "on the fly: rows harvested at once; each batch mixes two such blocks. An even "
+        "multiple of the batch",
+    ] = 32_768
+    shards: Annotated[
+        str, "folder of harvested activations; empty: the model runs beside the SAE"
+    ] = ""
+    contexts_per_pass: Annotated[int, "contexts that the model reads at once"] = 16
+    seed: Annotated[int, "order of the rows"] = 0
+
+    def __post_init__(self) -> None:
+        faults = checks.field_faults("", self)
+        if not faults and (0 in (self.batch, self.contexts_per_pass)):
+            faults.append("batch and contexts_per_pass must be at least 1.")
+        elif not faults and (self.buffer % (2 * self.batch) or not self.buffer):
+            faults.append(
+                f"buffer={self.buffer} must be a multiple of twice the batch, "
+                f"{2 * self.batch}."
+            )
+        checks.raise_all(faults)
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """Evaluation on held-out text."""
+
+    contexts: Annotated[int, "how many contexts of the held-out text"] = 64
+    part: Annotated[Part, "which documents; see --part"] = "heldout"
+
+    def __post_init__(self) -> None:
+        faults = checks.field_faults("", self)
+        if not faults and self.contexts == 0:
+            faults.append("contexts=0 evaluates nothing; give at least 1.")
+        checks.raise_all(faults)
+
+    def open(self, lm: Any, tokenizer: Any, text: TextConfig, per_pass: int) -> Any:
+        """What measures SAEs there."""
+        heldout = HeldOut.read(
+            text.open_documents(self.part),
+            tokenizer,
+            text.packing(repeat=False),
+            self.contexts,
+        )
+        return Evaluator(lm, heldout, contexts_per_pass=per_pass)

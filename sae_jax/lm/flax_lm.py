@@ -61,6 +61,13 @@ class FlaxLM(Source):
         return cls(name, model.module, config, load_params(folder, model), dtype)
 
     @classmethod
+    def outline(cls, name: str = "embedded", *, dtype: str = "float32") -> "FlaxLM":
+        """The model without its weights, only their shapes: for sites and widths."""
+        config = load_config(model_folder(name, weights=False))
+        model = build(config, dtype, _do_init=False)
+        return cls(name, model.module, config, model.params_shape_tree, dtype)
+
+    @classmethod
     def random(cls, config: Any, *, seed: int = 0, dtype: str = "float32") -> "FlaxLM":
         """A model with random weights, for tests and benchmarks."""
         model = build(config, dtype, seed=seed)

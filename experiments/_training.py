@@ -1,0 +1,264 @@
+"""What the experiments that train SAEs on a language model have in common.
+
+A subclass of `Config` says which SAEs (`wanted`); all of them see the same batches.
+"""
+
+import dataclasses
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple
+
+import jax
+
+from sae_jax import rules
+from sae_jax.activations import FromShards, Harvester, OnTheFly, Shards
+from sae_jax.config import Data, Dictionary, Evaluating, ModelConfig, TextConfig
+from sae_jax.evaluation import Evaluation
+from sae_jax.model import SAE
+from sae_jax.run.folder import folder_fault
+from sae_jax.run.in_folder import train_in_folder
+from sae_jax.run.loop import EVERY, Every
+from sae_jax.run.members import Member
+from sae_jax.run.stop import Stop
+from sae_jax.settings import to_dict
+from sae_jax.trained import TrainedSAE
+from sae_jax.training.recipe import Recipe
+from sae_jax.variables import Variables
+
+
+class Wanted(NamedTuple):
+    """One SAE that an experiment asks for."""
+
+    rule: str
+    site: str
+    target: str | None = None
+    seed: int = 0
+
+
+@dataclass
+class Config(ModelConfig, TextConfig):
+    """Settings of every such experiment."""
+
+    out: Annotated[str, "the run's folder; the same command goes on with it"] = ""
+    rule_files: Annotated[
+        tuple[str, ...], "Python files with rules of your own, by commas"
+    ] = ()
+    wandb: Annotated[
+        str, "project of Weights & Biases to log to as well (needs the package)"
+    ] = ""
+    sae: Dictionary = Dictionary()
+    data: Data = Data()
+    train: Recipe = Recipe()
+    every: Every = EVERY
+    evaluation: Evaluating = Evaluating()
+
+    def wanted(self) -> list[Wanted]:
+        """The SAEs to train."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run the same run, wherever its folder is."""
+        values = to_dict(self)
+        return {name: values[name] for name in values if name not in ("out", "wandb")}
+
+    def read_sites(self) -> tuple[str, ...]:
+        """All sites that are read."""
+        found = [s for w in self.wanted() for s in (w.site, w.target) if s]
+        return tuple(dict.fromkeys(found))
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with these settings together."""
+        fault = folder_fault(self.out, self.identity())
+        if fault:
+            yield f"out: {fault}"
+        packages = {"wandb": bool(self.wandb), "source": self.source == "torch"}
+        for name, wanted in packages.items():
+            package = "torch" if name == "source" else name
+            if wanted and importlib.util.find_spec(package) is None:
+                yield f"{name} needs a package: pip install -e '.[{package}]'"
+        for name, attempt in (
+            ("dataset", self.check_documents),
+            ("data.shards", self.check_shards),
+            ("lm", self.misfits),
+        ):
+            try:
+                yield from attempt() or ()
+            except (ValueError, OSError) as error:
+                yield f"{name}: {error}"
+
+    def misfits(self) -> list[str]:
+        """What does not fit the language model, as far as that is known."""
+        faults = []
+        lm = self.outline()
+        if lm is None:
+            return []
+        self.open_tokenizer()
+        if self.context > lm.context:
+            faults.append(
+                f"context={self.context} is more than the {lm.context} tokens that "
+                f"lm={self.lm!r} was built for"
+            )
+        widths = {}
+        for site in self.read_sites():
+            try:
+                widths[site] = lm.width(site)
+            except ValueError as error:
+                faults.append(str(error))
+        if len(widths) == len(self.read_sites()):
+            for w in self.wanted():
+                try:
+                    self.make(w, widths)
+                except ValueError as error:
+                    faults += [f"{w.rule}: {line}" for line in str(error).split("\n")]
+        return faults
+
+    def make(self, w: Wanted, widths: dict[str, int]) -> Member:
+        """The member that one wish stands for."""
+        target = None if w.target is None else widths[w.target]
+        sae = self.sae.make(w.rule, widths[w.site], target)
+        return Member(sae, w.site, w.target, w.seed)
+
+    def members(self, widths: dict[str, int]) -> dict[str, Member]:
+        """All of them by name: rule and knob, and what else tells them apart."""
+        wanted = self.wanted()
+        members: dict[str, Member] = {}
+        for w in wanted:
+            bound = rules.parse(w.rule)
+            parts = [bound.rule.name, f"{bound.rule.knob}{bound.hp[bound.rule.knob]:g}"]
+            parts += [w.site] * (len({v.site for v in wanted}) > 1)
+            parts += [f"seed{w.seed}"] * (len({v.seed for v in wanted}) > 1)
+            name = "-".join(parts)
+            if name in members:  # specs that differ in another argument
+                name = f"{name}-{len(members)}"
+            members[name] = self.make(w, widths)
+        return members
+
+    def check_shards(self) -> None:
+        """Opens the harvested activations, if they are to be used."""
+        if self.data.shards:
+            shards = Shards(self.data.shards, verify=False)
+            FromShards(shards, batch=self.data.batch, sites=self.read_sites())
+
+    def check_documents(self) -> None:
+        """Opens the text."""
+        self.open_documents()
+
+    def open_stream(self, lm: Any, tokenizer: Any) -> FromShards | OnTheFly:
+        """The batches."""
+        data = self.data
+        if data.shards:
+            shards = Shards(data.shards)
+            if shards.made_by["weights"] != lm.fingerprint:
+                raise ValueError(
+                    f"{data.shards} holds activations of lm={shards.made_by['lm']!r}, "
+                    f"whose weights are not those of lm={self.lm!r}"
+                )
+            sites = self.read_sites()
+            return FromShards(shards, batch=data.batch, sites=sites, seed=data.seed)
+        return OnTheFly(
+            Harvester(lm, self.read_sites(), data.contexts_per_pass),
+            self.open_documents(),
+            tokenizer,
+            self.packing(repeat=True),
+            batch=data.batch,
+            buffer=data.buffer,
+            seed=data.seed,
+        )
+
+    def estimates(self) -> dict[str, str]:
+        """What a dry run says of size."""
+        lm = self.outline() or self.open_lm()
+        widths = {site: lm.width(site) for site in self.read_sites()}
+        members = self.members(widths)
+        counts = [n_parameters(member.sae) for member in members.values()]
+        total = sum(counts)
+        batch, rows = self.data.batch, self.train.steps * self.data.batch
+        widest = max(member.sae.n_features for member in members.values())
+        buffers = 0 if self.data.shards else 3 * self.data.buffer * sum(widths.values())
+        model = sum(x.size for x in jax.tree.leaves(getattr(lm, "params", {})))
+        memory = 4 * (3 * total + max(counts) + 3 * batch * widest)
+        return {
+            "SAEs": ", ".join(
+                f"{n} of {size:,} parameters" for size, n in Counter(counts).items()
+            ),
+            "tokens": f"{rows:,} ({self.train.steps:,} steps of {batch:,})",
+            "memory for the SAEs": f"about {memory / 1e9:.2g} GB (parameters, Adam, "
+            f"one gradient, three arrays [{batch}, {widest}])",
+            "memory for activations": f"{4 * buffers / 1e9:.2g} GB",
+            "memory for the language model": f"{4 * model / 1e9:.2g} GB",
+            "disk": f"{4 * total * (3 * self.every.keep + 1) / 1e9:.2g} GB "
+            f"({self.every.keep} checkpoints and the SAEs)",
+        }
+
+
+def n_parameters(sae: SAE) -> int:
+    """How many numbers are learned."""
+    return sum(array.size for array in sae.shapes().params.values())
+
+
+@dataclass
+class Result:
+    """What a run gives: the SAEs, and what their last evaluation found."""
+
+    trained: dict[str, TrainedSAE]
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each SAE, as tables and figures take them."""
+        rows = []
+        for name, one in self.trained.items():
+            bound = one.sae.bound
+            rows.append(
+                {
+                    "name": name,
+                    "rule": bound.rule.name,
+                    "spec": bound.spec,
+                    "knob": bound.hp[bound.rule.knob],
+                    "site": one.about["site"],
+                    "seed": one.about["seed"],
+                    "n_features": one.sae.n_features,
+                    **self.evaluations[name].scores,
+                }
+            )
+        return rows
+
+
+def run_training(config: Config) -> Result:
+    """Trains what the configuration asks for, and evaluates it."""
+    with Stop() as stop:
+        tokenizer, lm = config.open_tokenizer(), config.open_lm()
+        stream = config.open_stream(lm, tokenizer)
+        members = config.members(stream.widths)
+        evaluator = config.evaluation.open(
+            lm, tokenizer, config, config.data.contexts_per_pass
+        )
+        evaluations: dict[str, Evaluation] = {}
+
+        def evaluate(name: str, sae: SAE, variables: Variables) -> dict[str, float]:
+            member = members[name]
+            evaluations[name] = evaluator(
+                sae, variables, member.site, target_site=member.target
+            )
+            return evaluations[name].scores
+
+        trained = train_in_folder(
+            config.out,
+            config.identity(),
+            members,
+            stream,
+            config.train,
+            stop=stop,
+            every=config.every,
+            evaluate=evaluate,
+            about={
+                "lm": config.lm,
+                "lm_weights": lm.fingerprint,
+                "text": config.text(),
+                "packing": config.packing(repeat=True)._asdict(),
+                "data": dataclasses.asdict(config.data),
+            },
+            wandb=config.wandb,
+        )
+    return Result(trained, evaluations)

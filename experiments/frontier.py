@@ -1,0 +1,59 @@
+"""Sparsity against reconstruction: several rules, each over a range of its knob.
+
+All SAEs see the same batches of activations. Every rule is trained with its knob (k, or
+the coefficient of its penalty) times each of the factors, and with every seed.
+
+Command:  python launch.py --experiment=frontier
+Example:  python launch.py --experiment=frontier --rule_files=my_rule.py
+          --rules="my_rule(a=3),topk(k=32)" --factors=0.5,1,2 --seeds=0,1
+Leaves:   out/figures/frontier.png, results.csv, report.html, and the SAEs.
+Expected: fewer active features cost reconstruction; see the README for figures.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from experiments._report import finish
+from experiments._training import Config as Training
+from experiments._training import Wanted, run_training
+from sae_jax import registry, rules
+from sae_jax.settings import Spec
+
+
+@dataclass
+class Config(Training):
+    """What can be set from the command line."""
+
+    out: str = "runs/frontier"
+    rules: Annotated[
+        tuple[Spec, ...], "the rules, each with the middle of its range"
+    ] = (Spec("top_afa(coef=0.03125)"), Spec("topk(k=32)"), Spec("batch_topk(k=32)"))
+    factors: Annotated[
+        tuple[float, ...], "what the knob of each rule is multiplied with"
+    ] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    seeds: Annotated[tuple[int, ...], "seeds, by commas"] = (0,)
+    site: Annotated[str, "what the SAEs read: place.layer"] = "resid_post.2"
+
+    def wanted(self) -> list[Wanted]:
+        """Every rule, times every factor, with every seed."""
+        return [
+            Wanted(scaled(spec, factor), self.site, None, seed)
+            for spec in self.rules
+            for factor in self.factors
+            for seed in self.seeds
+        ]
+
+
+def scaled(spec: str, factor: float) -> str:
+    """The same rule with its knob multiplied; whole numbers stay whole."""
+    bound = rules.parse(spec)
+    knob = bound.rule.knob
+    value = bound.hp[knob] * factor
+    if isinstance(bound.hp[knob], int):
+        value = max(1, round(value))
+    return registry.format_spec(bound.rule.name, {**bound.hp, knob: value})
+
+
+def run(config: Config) -> None:
+    """Trains them all, or goes on training."""
+    finish(config, run_training(config), title=f"Frontier on {config.site}")

@@ -1,0 +1,38 @@
+"""Trains one SAE, evaluates it on held-out text, and writes a report.
+
+Command:  python launch.py --experiment=train --rule="top_afa(coef=0.03125)"
+Example:  python launch.py --experiment=train --rule="topk(k=64)" --lm=gpt2
+          --dataset=Skylion007/openwebtext --site=resid_pre.8 --out=runs/gpt2-topk64
+          --config.data.batch=4096 --config.data.buffer=524288
+Hardware: the default fits any laptop; GPT-2 small wants a GPU or a TPU.
+Leaves:   out/saes/NAME (sae_jax.load reads it), report.html, metrics, checkpoints.
+Expected: see the README's table for the default's figures and time.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from experiments._report import finish
+from experiments._training import Config as Training
+from experiments._training import Wanted, run_training
+from sae_jax.settings import Spec
+
+
+@dataclass
+class Config(Training):
+    """What can be set from the command line."""
+
+    out: str = "runs/train"
+    rule: Annotated[Spec, "the sparsity rule"] = Spec("top_afa(coef=0.03125)")
+    site: Annotated[str, "what the SAE reads: place.layer"] = "resid_post.2"
+    target: Annotated[str, "what it writes, for a transcoder; empty: the same"] = ""
+    seed: Annotated[int, "decides the start, and whatever a rule draws"] = 0
+
+    def wanted(self) -> list[Wanted]:
+        """The one SAE."""
+        return [Wanted(self.rule, self.site, self.target or None, self.seed)]
+
+
+def run(config: Config) -> None:
+    """Trains it, or goes on training."""
+    finish(config, run_training(config), title=f"{config.rule} on {config.site}")

@@ -1,0 +1,168 @@
+"""Every experiment that trains SAEs, end to end, in a tiny mode."""
+
+import csv
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sae_jax
+from sae_jax import settings
+from sae_jax.activations import Shards
+from sae_jax.run.log import read_lines
+
+ROOT = Path(__file__).parent.parent
+TINY = {
+    "config.train.steps": "6",
+    "config.train.warmup": "0",
+    "config.data.batch": "64",
+    "config.data.buffer": "128",
+    "config.data.contexts_per_pass": "2",
+    "config.evaluation.contexts": "3",
+    "config.every.log": "2",
+    "config.every.evaluate": "3",
+    "config.sae.expansion": "2",
+}
+SAES = {
+    "demo": ({}, 3),
+    "train": ({"rule": "jump_relu(coef=0.001)", "site": "mlp_out.1"}, 1),
+    "frontier": ({"rules": "topk(k=8),relu", "factors": "0.5,2", "seeds": "3,4"}, 8),
+    "top_afa_gpt2": (
+        {
+            **dict(lm="embedded", dataset="embedded", sites="resid_pre.1,resid_pre.2"),
+            **{"ks": "512,1024", "coefs": "1/32"},
+        },
+        10,
+    ),
+}
+
+
+def configured(name: str, out: Path, **more: str):
+    """The experiment and its configuration, as the command line would make it."""
+    experiment = importlib.import_module(f"experiments.{name}")
+    given = {**TINY, **SAES[name][0], "out": str(out), **more}
+    config, faults = settings.build(experiment.Config(), given)
+    assert faults == []
+    return experiment, config
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_an_experiment_leaves_all_that_it_promises(name, tmp_path, capsys):
+    experiment, config = configured(name, tmp_path)
+    experiment.run(config)
+    said = capsys.readouterr().out
+    n_saes = SAES[name][1]
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == n_saes
+    for row in rows:
+        for score in ("l0", "nmse", "explained_variance", "loss_recovered", "dead"):
+            assert np.isfinite(float(row[score]))
+        assert float(row["epsilon_lbo"]) > 0
+        loaded = sae_jax.load(tmp_path / "saes" / row["name"])
+        assert loaded.sae.n_features == int(row["n_features"])
+        assert loaded.about["site"] == row["site"]
+        assert loaded.about["lm"] == "embedded"
+        assert row["name"].split("-")[0] in said  # long names are wrapped
+        events = list((tmp_path / "tensorboard" / row["name"]).iterdir())
+        assert events
+    assert str(tmp_path / "report.html") in said
+    assert "<table" in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["context"] == 128
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "train"][::n_saes] == [
+        2,
+        4,
+        6,
+    ]
+    assert [line["step"] for line in lines if line["kind"] == "eval"][::n_saes] == [
+        3,
+        6,
+    ]
+    for figure in ("curves", "frontier", "zf", "density"):
+        assert (tmp_path / "figures" / f"{figure}.png").stat().st_size > 5000
+
+
+def test_a_finished_run_is_shown_again_and_trains_no_more(tmp_path, capsys):
+    experiment, config = configured("train", tmp_path)
+    experiment.run(config)
+    first = capsys.readouterr().out
+    before = {p: p.read_bytes() for p in sorted(tmp_path.rglob("sae.safetensors"))}
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    experiment.run(config)
+    assert capsys.readouterr().out == first
+    assert {p: p.read_bytes() for p in before} == before
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_from_shards_and_as_a_transcoder(tmp_path):
+    harvest = importlib.import_module("experiments.harvest")
+    sites = ("resid_mid.1", "mlp_out.1")
+    harvest.run(harvest.Config(out=str(tmp_path / "shards"), sites=sites, rows=300))
+    more = {"site": sites[0], "target": sites[1], "rule": "topk(k=4)"}
+    more["config.data.shards"] = str(tmp_path / "shards")
+    experiment, config = configured("train", tmp_path / "run", **more)
+    experiment.run(config)
+    sae = sae_jax.load(tmp_path / "run" / "saes" / "topk-k4")
+    assert sae.sae.is_transcoder
+    rows = Shards(tmp_path / "shards").rows(np.arange(5), sites)
+    assert sae(jnp.asarray(rows[sites[0]], jnp.float32))[0].shape == (5, 192)
+
+
+def test_shards_of_another_model_are_refused(tmp_path):
+    harvest = importlib.import_module("experiments.harvest")
+    harvest.run(harvest.Config(out=str(tmp_path / "a"), rows=300, sites=("mlp_out.1",)))
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    experiment, config = configured("train", tmp_path / "run")
+    data = dataclasses.replace(config.data, shards=str(tmp_path / "a"))
+    config = dataclasses.replace(config, data=data)
+    assert list(config.faults()) == []
+    manifest["made_by"]["weights"] = "0123456789abcdef"
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="made by another harvest"):
+        experiment.run(config)
+
+
+def test_the_papers_grids_at_its_own_size_and_scaled():
+    experiment = importlib.import_module("experiments.top_afa_gpt2")
+    config = experiment.Config(lm="embedded", sites=("resid_pre.1",))
+    wanted = [w.rule for w in config.wanted()]  # 3,072 features of width 192
+    assert wanted[0] == "topk(k=8)"
+    assert "batch_topk(k=2048)" in wanted
+    assert "top_afa(coef=0.125)" in wanted
+    assert len(wanted) == 9 * 2 + 5
+    large = dataclasses.replace(config.sae, n_features=24_576)
+    wanted = [w.rule for w in dataclasses.replace(config, sae=large).wanted()]
+    assert wanted[0] == "topk(k=32)"
+
+
+def test_faults_name_what_does_not_fit(tmp_path):
+    experiment = importlib.import_module("experiments.frontier")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    config = experiment.Config(
+        out=str(tmp_path / "other"),
+        rules=("topk(k=5000)",),
+        factors=(1.0,),
+        dataset="/no/such",
+        context=1000,
+    )
+    faults = "\n".join(config.faults())
+    assert "is not empty and holds no run" in faults
+    assert "/no/such" in faults
+    assert "context=1000 is more than the 256 tokens" in faults
+    assert "k=5000 must be above 0 and at most n_features=3072" in faults
+    config = dataclasses.replace(config, site="resid_post.9")
+    assert any("needs a layer from 0 to 3" in fault for fault in config.faults())
+
+
+def test_estimates_count_parameters_tokens_and_memory(tmp_path):
+    _, config = configured("frontier", tmp_path)
+    said = config.estimates()
+    each = 2 * 192 * 384 + 192 + 384
+    assert said["SAEs"] == f"8 of {each:,} parameters"
+    assert said["tokens"].startswith("384 (6 steps of 64)")
