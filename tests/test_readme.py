@@ -1,7 +1,9 @@
 """What the README says is run."""
 
+import contextlib
 import functools
 import re
+import tempfile
 from pathlib import Path
 
 import jax
@@ -30,21 +32,24 @@ def examples():
     """The names that exist after each of the README's examples, run in their order."""
     names: dict = {}
     after = []
-    for block in BLOCKS:
-        exec(block, names)
-        after.append(dict(names))
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for block in BLOCKS:
+            exec(block, names)
+            after.append(dict(names))
     return after
 
 
 def test_the_examples_run_and_do_what_they_say(capsys):
-    trained, read, ruled = examples()
+    trained, stepped, read, ruled = examples()
     assert "'nmse'" in capsys.readouterr().out
-    assert trained["metrics"]["nmse"] < 0.2
+    assert trained["sae"].history[-1]["nmse"] < 0.2
     assert trained["x_hat"].shape == (4096, 64)
+    assert (trained["again"](trained["activations"])[1] == trained["codes"]).all()
+    assert stepped["metrics"]["l0"] == 8
     assert read["plain"].values["head_out.1"].shape == (*read["tokens"].shape, 192)
     assert read["plain"].losses.mean() < read["without"].losses.mean()
     assert read["gradients"]["resid_post.2"].any()
-    assert read["metrics"]["nmse"] < 0.6
+    assert read["read"].history[-1]["nmse"] < 0.6
     mine, x = ruled["mine"], ruled["activations"]
     active = mine.encode(mine.init(jax.random.key(0)), x)
     assert (active.max(1) > 0).mean() > 0.98
@@ -61,7 +66,7 @@ def test_the_example_rule_passes_what_every_rule_passes(check):
 
 @pytest.mark.parametrize(
     "target",
-    ["install", "test", "test-slow", "parity", "lock", "bench-lm"],
+    ["install", "demo", "test", "test-slow", "parity", "lock", "bench-lm"],
 )
 def test_every_make_target_that_is_named_exists(target):
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()

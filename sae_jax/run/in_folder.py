@@ -82,10 +82,9 @@ def train_in_folder(
         ).run()
         lines = read_lines(folder / METRICS)  # those before a resume as well
         for name, one in trained.items():
-            trained[name] = dataclasses.replace(
-                one,
-                about={**(about or {}), **one.about},
-                history=[line for line in lines if line["sae"] == name],
-            )
+            history = [line for line in lines if line["sae"] == name]
+            scores = [line for line in history if line["kind"] == "eval"]
+            known = {**(about or {}), **one.about, "scores": (scores or [{}])[-1]}
+            trained[name] = dataclasses.replace(one, about=known, history=history)
             trained[name].save(folder / "saes" / name)
     return trained
