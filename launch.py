@@ -140,7 +140,11 @@ def shown(name: str, config: Any) -> str:
     width = max(map(len, rows))
     lines = [f"{flag:{width}} = {value}" for flag, value in rows.items()]
     if hasattr(config, "estimates"):
-        lines += ["", *(f"{what}: {n}" for what, n in config.estimates().items())]
+        try:
+            estimates = config.estimates()
+        except (ValueError, OSError) as error:  # such as a model that is out of reach
+            estimates = {"no estimates": str(error)}
+        lines += ["", *(f"{what}: {text}" for what, text in estimates.items())]
     return "\n".join(lines)
 
 

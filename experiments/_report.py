@@ -41,9 +41,9 @@ def finish(config: Config, result: Result, *, title: str) -> None:
         out / "report.html",
         title=title,
         summary=(
-            f"{len(rows)} SAEs, each trained on the same {tokens:,} tokens of "
-            f"{config.dataset} read by {config.lm}, and evaluated on {held_out:,} "
-            f"tokens of held-out text."
+            f"{len(rows)} SAEs, trained on the same {tokens:,} tokens and evaluated on "
+            f"{held_out:,} held-out ones. Language model: {config.lm}. Text: "
+            f"{config.dataset}."
         ),
         rows=rows,
         figures=[(figures / f"{name}.png", text) for name, text in CAPTIONS.items()],

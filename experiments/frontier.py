@@ -17,7 +17,11 @@ from experiments._report import finish
 from experiments._training import Config as Training
 from experiments._training import Wanted, run_training
 from sae_jax import registry, rules
+from sae_jax.config import Data, Dictionary
+from sae_jax.losses import AuxK
+from sae_jax.run.loop import Every
 from sae_jax.settings import Spec
+from sae_jax.training.recipe import Recipe
 
 
 @dataclass
@@ -30,9 +34,15 @@ class Config(Training):
     ] = (Spec("top_afa(coef=0.03125)"), Spec("topk(k=32)"), Spec("batch_topk(k=32)"))
     factors: Annotated[
         tuple[float, ...], "what the knob of each rule is multiplied with"
-    ] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    ] = (0.25, 1.0, 4.0, 8.0)
     seeds: Annotated[tuple[int, ...], "seeds, by commas"] = (0,)
     site: Annotated[str, "what the SAEs read: place.layer"] = "resid_post.2"
+    sae: Dictionary = Dictionary(expansion=8, treatment="scale")
+    data: Data = Data(batch=512, buffer=16_384)
+    train: Recipe = Recipe(
+        steps=600, lr=1e-3, warmup=50, decay="linear", aux=AuxK(dead_after=100)
+    )
+    every: Every = Every(log=20, save=300)
 
     def wanted(self) -> list[Wanted]:
         """Every rule, times every factor, with every seed."""

@@ -15,7 +15,10 @@ from typing import Annotated
 from experiments._report import finish
 from experiments._training import Config as Training
 from experiments._training import Wanted, run_training
+from sae_jax.config import Dictionary
+from sae_jax.losses import AuxK
 from sae_jax.settings import Spec
+from sae_jax.training.recipe import Recipe
 
 
 @dataclass
@@ -27,6 +30,10 @@ class Config(Training):
     site: Annotated[str, "what the SAE reads: place.layer"] = "resid_post.2"
     target: Annotated[str, "what it writes, for a transcoder; empty: the same"] = ""
     seed: Annotated[int, "decides the start, and whatever a rule draws"] = 0
+    sae: Dictionary = Dictionary(treatment="scale")
+    train: Recipe = Recipe(
+        steps=2000, lr=1e-3, warmup=100, decay="linear", aux=AuxK(dead_after=100)
+    )
 
     def wanted(self) -> list[Wanted]:
         """The one SAE."""

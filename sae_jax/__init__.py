@@ -7,7 +7,7 @@ again = sae_jax.load("runs/mine")
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import typing
 
 from sae_jax import codes, over_batch, quasi_orthogonality, select
 from sae_jax.checks import Signed, require_finite
@@ -33,7 +33,7 @@ from sae_jax.training.recipe import Recipe
 from sae_jax.training.step import TrainState, init_state, make_step
 from sae_jax.variables import Output, Variables
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from sae_jax.fit import train, train_many
     from sae_jax.run.loop import Every
 else:
@@ -44,7 +44,7 @@ else:
         "train_many": "sae_jax.fit",
     }
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> typing.Any:
         if name not in _WHEN_ASKED_FOR:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(importlib.import_module(_WHEN_ASKED_FOR[name]), name)

@@ -103,8 +103,8 @@ def train_many(
       recipe: how they are trained.
       batch: rows per step, of arrays.
       seed: order of the rows, of arrays.
-      folder: where to keep checkpoints, metrics and the SAEs; the same call goes on
-        where an earlier one stopped. None: nothing is written.
+      folder: where to keep checkpoints, metrics and the SAEs; after an interrupt the
+        same call goes on from the newest checkpoint. None: nothing is written.
       every: how often to log, evaluate and save.
       evaluate: called with the name, description and arrays of each SAE.
       progress: whether to show a bar.
@@ -126,18 +126,17 @@ def train_many(
         "batch": stream.batch,
         "seed": seed,
     }
-    with Stop() as stop:
-        return train_in_folder(
-            folder,
-            config,
-            members,
-            stream,
-            recipe,
-            stop=stop,
-            every=every,
-            evaluate=evaluate,
-            progress=progress,
-        )
+    return train_in_folder(
+        folder,
+        config,
+        members,
+        stream,
+        recipe,
+        stop=Stop(),  # not entered: signals end a notebook's kernel only by its wish
+        every=every,
+        evaluate=evaluate,
+        progress=progress,
+    )
 
 
 def as_stream(activations: Any, batch: int, seed: int) -> Stream:

@@ -155,7 +155,7 @@ def test_faults_name_what_does_not_fit(tmp_path):
     assert "is not empty and holds no run" in faults
     assert "/no/such" in faults
     assert "context=1000 is more than the 256 tokens" in faults
-    assert "k=5000 must be above 0 and at most n_features=3072" in faults
+    assert "k=5000 must be above 0 and at most n_features=1536" in faults
     config = dataclasses.replace(config, site="resid_post.9")
     assert any("needs a layer from 0 to 3" in fault for fault in config.faults())
 

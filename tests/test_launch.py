@@ -103,15 +103,17 @@ def test_the_papers_setting_is_the_plain_default_of_its_experiment():
         *("--experiment=harvest_gpt2", "--dry_run", "--verbosity=1"),
         *("--sites", "resid_pre.7, x"),
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    shown = dict(re.split(" += ", line) for line in done.stdout.splitlines())
+    assert done.returncode == 0, done.stderr
+    lines, _, estimates = done.stdout.partition("\n\n")
+    assert re.match("rows: 81,924,096|no estimates: lm='gpt2'", estimates)
+    shown = dict(re.split(" += ", line) for line in lines.splitlines())
     assert shown["--experiment"] == "harvest_gpt2"
     assert shown["--dataset"] == "Skylion007/openwebtext"
     assert shown["--lm"] == "gpt2"
     assert shown["--context"] == "128"
     assert shown["--sites"] == "resid_pre.7,x"
     assert shown["--subset"] == "''"
-    assert len({line.index(" = ") for line in done.stdout.splitlines()}) == 1
+    assert len({line.index(" = ") for line in lines.splitlines()}) == 1
 
 
 def test_a_dry_run_of_sections_shows_estimates_and_reads_back():
