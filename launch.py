@@ -142,7 +142,7 @@ def shown(name: str, config: Any) -> str:
     if hasattr(config, "estimates"):
         try:
             estimates = config.estimates()
-        except (ValueError, OSError) as error:  # such as a model that is out of reach
+        except OSError as error:  # such as a model that is out of reach
             estimates = {"no estimates": str(error)}
         lines += ["", *(f"{what}: {text}" for what, text in estimates.items())]
     return "\n".join(lines)

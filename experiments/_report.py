@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from experiments._training import Config, Result
+from experiments._training import Config, Result, run_training
 from sae_jax import report
-from sae_jax.run.folder import ENVIRONMENT, write_whole
+from sae_jax.run.folder import ENVIRONMENT
 from sae_jax.run.log import read_lines
+from sae_jax.run.stop import Stop
 from sae_jax.settings import to_dict
+from sae_jax.whole_files import write_whole
 
 CAPTIONS = {
     "curves": "Training: normalised error of the batches, and active features per row.",
@@ -20,7 +22,13 @@ CAPTIONS = {
 }
 
 
-def finish(config: Config, result: Result, *, title: str) -> None:
+def train_and_report(config: Config, *, title: str) -> None:
+    """Trains, or goes on training; then `report_on`."""
+    with Stop() as stop:
+        report_on(config, run_training(config, stop), title=title)
+
+
+def report_on(config: Config, result: Result, *, title: str) -> None:
     """Prints the table; writes figures and the page, and says where."""
     out, rows = Path(config.out).expanduser(), result.rows()
     figures = out / "figures"
@@ -36,7 +44,7 @@ def finish(config: Config, result: Result, *, title: str) -> None:
     report.density(result.evaluations, figures / "density.png")
     write_whole(out / "results.csv", report.csv_text(rows))
     tokens = config.train.steps * config.data.batch
-    held_out = config.evaluation.contexts * config.context
+    held_out = len(next(iter(result.evaluations.values())).norm_z)
     report.write_page(
         out / "report.html",
         title=title,

@@ -4,10 +4,12 @@ A subclass of `Config` says which SAEs (`wanted`); all of them see the same batc
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -61,6 +63,8 @@ class Config(ModelConfig, TextConfig):
     def identity(self) -> dict[str, Any]:
         """What makes a run the same run, wherever its folder is."""
         values = to_dict(self)
+        files = [Path(file).read_bytes() for file in self.rule_files]
+        values["rule_files"] = [hashlib.sha256(file).hexdigest() for file in files]
         return {name: values[name] for name in values if name not in ("out", "wandb")}
 
     def read_sites(self) -> tuple[str, ...]:
@@ -70,49 +74,52 @@ class Config(ModelConfig, TextConfig):
 
     def faults(self) -> Iterator[str]:
         """What is wrong with these settings together."""
-        fault = folder_fault(self.out, self.identity())
-        if fault:
-            yield f"out: {fault}"
-        packages = {"wandb": bool(self.wandb), "source": self.source == "torch"}
-        for name, wanted in packages.items():
-            package = "torch" if name == "source" else name
-            if wanted and importlib.util.find_spec(package) is None:
-                yield f"{name} needs a package: pip install -e '.[{package}]'"
-        for name, attempt in (
-            ("dataset", self.check_documents),
-            ("data.shards", self.check_shards),
-            ("lm", self.misfits),
-        ):
-            try:
-                yield from attempt() or ()
-            except (ValueError, OSError) as error:
-                yield f"{name}: {error}"
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            yield "wandb needs a package: pip install -e '.[wandb]'"
+        if self.source == "torch" and importlib.util.find_spec("torch") is None:
+            yield "source=torch needs a package: pip install -e '.[torch]'"
+        yield from self.text_faults()
+        yield from self.shard_faults()
+        faults = self.model_faults(self.read_sites(), self.context)
+        yield from faults or self.misfits()
 
-    def misfits(self) -> list[str]:
-        """What does not fit the language model, as far as that is known."""
-        faults = []
+    def conflicts(self) -> list[str]:
+        """What is asked for once nothing else is wrong."""
+        fault = folder_fault(self.out, self.identity())
+        return [f"out: {fault}"] if fault else []
+
+    def shard_faults(self) -> Iterator[str]:
+        """What is wrong with harvested activations, and where they overlap."""
+        text = self.text()
+        if self.data.shards:
+            try:
+                shards = Shards(self.data.shards, verify=False)
+                FromShards(shards, batch=self.data.batch, sites=self.read_sites())
+                text = shards.made_by["text"]
+            except ValueError as error:
+                yield f"data.shards: {error}"
+        if self.evaluation.overlaps(text):
+            yield (
+                f"evaluation.part={self.evaluation.part!r} is trained on as well "
+                f"(part={text['part']!r}); evaluate on another part or dataset"
+            )
+
+    def misfits(self) -> Iterator[str]:
+        """SAEs that cannot be trained like this."""
         lm = self.outline()
         if lm is None:
-            return []
-        self.open_tokenizer()
-        if self.context > lm.context:
-            faults.append(
-                f"context={self.context} is more than the {lm.context} tokens that "
-                f"lm={self.lm!r} was built for"
-            )
-        widths = {}
-        for site in self.read_sites():
+            return  # PyTorch's model is not loaded yet
+        widths = {site: lm.width(site) for site in self.read_sites()}
+        if not self.wanted():
+            yield "no SAE is asked for: rules, sites, factors or seeds are none"
+        for w in self.wanted():
             try:
-                widths[site] = lm.width(site)
+                member = self.make(w, widths)
+                self.train.knob.prepare(member.sae)
+                faults = [f"{w.rule}: {fault}" for fault in member.faults(widths)]
             except ValueError as error:
-                faults.append(str(error))
-        if len(widths) == len(self.read_sites()):
-            for w in self.wanted():
-                try:
-                    self.make(w, widths)
-                except ValueError as error:
-                    faults += [f"{w.rule}: {line}" for line in str(error).split("\n")]
-        return faults
+                faults = [f"{w.rule}: {line}" for line in str(error).split("\n")]
+            yield from faults
 
     def make(self, w: Wanted, widths: dict[str, int]) -> Member:
         """The member that one wish stands for."""
@@ -122,7 +129,7 @@ class Config(ModelConfig, TextConfig):
 
     def members(self, widths: dict[str, int]) -> dict[str, Member]:
         """All of them by name: rule and knob, and what else tells them apart."""
-        wanted = self.wanted()
+        wanted = list(dict.fromkeys(self.wanted()))
         members: dict[str, Member] = {}
         for w in wanted:
             bound = rules.parse(w.rule)
@@ -134,16 +141,6 @@ class Config(ModelConfig, TextConfig):
                 name = f"{name}-{len(members)}"
             members[name] = self.make(w, widths)
         return members
-
-    def check_shards(self) -> None:
-        """Opens the harvested activations, if they are to be used."""
-        if self.data.shards:
-            shards = Shards(self.data.shards, verify=False)
-            FromShards(shards, batch=self.data.batch, sites=self.read_sites())
-
-    def check_documents(self) -> None:
-        """Opens the text."""
-        self.open_documents()
 
     def open_stream(self, lm: Any, tokenizer: Any) -> FromShards | OnTheFly:
         """The batches."""
@@ -178,6 +175,8 @@ class Config(ModelConfig, TextConfig):
         widest = max(member.sae.n_features for member in members.values())
         buffers = 0 if self.data.shards else 3 * self.data.buffer * sum(widths.values())
         model = sum(x.size for x in jax.tree.leaves(getattr(lm, "params", {})))
+        passed = self.data.contexts_per_pass * self.context
+        wide = max(widest, lm.config.vocab_size)
         memory = 4 * (3 * total + max(counts) + 3 * batch * widest)
         return {
             "SAEs": ", ".join(
@@ -188,6 +187,8 @@ class Config(ModelConfig, TextConfig):
             f"one gradient, three arrays [{batch}, {widest}])",
             "memory for activations": f"{4 * buffers / 1e9:.2g} GB",
             "memory for the language model": f"{4 * model / 1e9:.2g} GB",
+            "memory for evaluation": f"about {12 * passed * wide / 1e9:.2g} GB (three "
+            f"arrays [{passed}, {wide}]: codes, or logits)",
             "disk": f"{4 * total * (3 * self.every.keep + 1) / 1e9:.2g} GB "
             f"({self.every.keep} checkpoints and the SAEs)",
         }
@@ -225,40 +226,45 @@ class Result:
         return rows
 
 
-def run_training(config: Config) -> Result:
+def run_training(config: Config, stop: Stop) -> Result:
     """Trains what the configuration asks for, and evaluates it."""
-    with Stop() as stop:
-        tokenizer, lm = config.open_tokenizer(), config.open_lm()
-        stream = config.open_stream(lm, tokenizer)
-        members = config.members(stream.widths)
-        evaluator = config.evaluation.open(
-            lm, tokenizer, config, config.data.contexts_per_pass
-        )
-        evaluations: dict[str, Evaluation] = {}
+    tokenizer, lm = config.open_tokenizer(), config.open_lm()
+    stream = config.open_stream(lm, tokenizer)
+    members = config.members(stream.widths)
+    evaluator = config.evaluation.open(
+        lm, tokenizer, config, config.data.contexts_per_pass
+    )
+    evaluations: dict[str, Evaluation] = {}
+    made_by = {
+        "text": config.text(),
+        "packing": config.packing(repeat=True)._asdict(),
+    }
+    if isinstance(stream, FromShards):  # which were made with settings of their own
+        made_by = {"shards": stream.shards.made_by}
 
-        def evaluate(name: str, sae: SAE, variables: Variables) -> dict[str, float]:
-            member = members[name]
-            evaluations[name] = evaluator(
-                sae, variables, member.site, target_site=member.target
-            )
-            return evaluations[name].scores
-
-        trained = train_in_folder(
-            config.out,
-            config.identity(),
-            members,
-            stream,
-            config.train,
-            stop=stop,
-            every=config.every,
-            evaluate=evaluate,
-            about={
-                "lm": config.lm,
-                "lm_weights": lm.fingerprint,
-                "text": config.text(),
-                "packing": config.packing(repeat=True)._asdict(),
-                "data": dataclasses.asdict(config.data),
-            },
-            wandb=config.wandb,
+    def evaluate(name: str, sae: SAE, variables: Variables) -> dict[str, float]:
+        member = members[name]
+        evaluations[name] = evaluator(
+            sae, variables, member.site, target_site=member.target
         )
+        return evaluations[name].scores
+
+    trained = train_in_folder(
+        config.out,
+        config.identity(),
+        members,
+        stream,
+        config.train,
+        stop=stop,
+        every=config.every,
+        evaluate=evaluate,
+        about={
+            "lm": config.lm,
+            "lm_weights": lm.fingerprint,
+            "lm_dtype": config.lm_dtype,
+            **made_by,
+            "data": dataclasses.asdict(config.data),
+        },
+        wandb=config.wandb,
+    )
     return Result(trained, evaluations)

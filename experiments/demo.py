@@ -15,8 +15,7 @@ Expected: on the files of Python 3.11, NMSE 0.085 with 207 features for Top-AFA,
 
 from dataclasses import dataclass
 
-from experiments._report import finish
-from experiments._training import run_training
+from experiments._report import train_and_report
 from experiments.frontier import Config as Frontier
 from sae_jax.settings import Spec
 
@@ -36,4 +35,4 @@ class Config(Frontier):
 
 def run(config: Config) -> None:
     """Trains them, or goes on training."""
-    finish(config, run_training(config), title="Demo: three rules on one layer")
+    train_and_report(config, title="Demo: three rules on one layer")

@@ -13,9 +13,9 @@ Expected: fewer active features cost reconstruction; see the README for figures.
 from dataclasses import dataclass
 from typing import Annotated
 
-from experiments._report import finish
+from experiments._report import train_and_report
 from experiments._training import Config as Training
-from experiments._training import Wanted, run_training
+from experiments._training import Wanted
 from sae_jax import registry, rules
 from sae_jax.config import Data, Dictionary
 from sae_jax.losses import AuxK
@@ -66,4 +66,4 @@ def scaled(spec: str, factor: float) -> str:
 
 def run(config: Config) -> None:
     """Trains them all, or goes on training."""
-    finish(config, run_training(config), title=f"Frontier on {config.site}")
+    train_and_report(config, title=f"Frontier on {config.site}")

@@ -7,7 +7,7 @@ Command:  python launch.py --experiment=harvest --out=runs/activations --rows=10
 Example:  python launch.py --experiment=harvest --lm=gpt2 --sites=resid_pre.8,mlp_out.8
           --dataset=Skylion007/openwebtext --rows=10000000 --out=/data/gpt2
 Leaves:   out/shard-*.safetensors and out/manifest.json
-Expected: see the README's table for rows per second on stated hardware.
+Expected: about 16,000 rows per second on 2 CPU cores (embedded model, resid_post.2).
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,11 @@ class Config(ModelConfig, TextConfig):
     ] = "bfloat16"
 
     def faults(self) -> Iterator[str]:
-        """Counts that count nothing."""
+        """What is wrong with these settings together."""
+        yield from self.text_faults()
+        yield from self.model_faults(self.sites, self.context)
+        if not self.sites:
+            yield "sites: none is asked for"
         for name in ("rows", "rows_per_shard", "contexts_per_pass"):
             if getattr(self, name) < 1:
                 yield f"{name}={getattr(self, name)} must be at least 1"
@@ -56,11 +60,6 @@ def run(config: Config) -> None:
     documents = config.open_documents()
     tokenizer = config.open_tokenizer()
     lm = config.open_lm()
-    if config.context > lm.context:
-        raise ValueError(
-            f"context={config.context} is more than the {lm.context} tokens that "
-            f"lm={config.lm!r} was built for"
-        )
     manifest = harvest(
         config.out,
         Harvester(lm, config.sites, config.contexts_per_pass, config.dtype),

@@ -27,9 +27,9 @@ Expected: the paper's figures are in its section 5; L0 of Top-AFA rises with the
 from dataclasses import dataclass
 from typing import Annotated
 
-from experiments._report import finish
+from experiments._report import train_and_report
 from experiments._training import Config as Training
-from experiments._training import Wanted, run_training
+from experiments._training import Wanted
 from sae_jax.config import Data, Dictionary
 from sae_jax.losses import AuxK
 from sae_jax.run.loop import Every
@@ -73,7 +73,7 @@ class Config(Training):
         """Both budgets with every k and Top-AFA with every coefficient, per site."""
         found = []
         for site in self.sites:
-            width = self.outline().width(site)
+            width = (self.outline() or self.open_lm()).width(site)
             n_features = self.sae.n_features or self.sae.expansion * width
             share, wide = min(1, n_features / FEATURES), WIDTH / width
             ks = dict.fromkeys(max(1, round(k * share)) for k in self.ks)
@@ -89,4 +89,4 @@ class Config(Training):
 
 def run(config: Config) -> None:
     """Trains them all, or goes on training."""
-    finish(config, run_training(config), title="Top-AFA, TopK and BatchTopK")
+    train_and_report(config, title="Top-AFA, TopK and BatchTopK")

@@ -12,9 +12,9 @@ Expected: see the README's table for the default's figures and time.
 from dataclasses import dataclass
 from typing import Annotated
 
-from experiments._report import finish
+from experiments._report import train_and_report
 from experiments._training import Config as Training
-from experiments._training import Wanted, run_training
+from experiments._training import Wanted
 from sae_jax.config import Dictionary
 from sae_jax.losses import AuxK
 from sae_jax.settings import Spec
@@ -42,4 +42,4 @@ class Config(Training):
 
 def run(config: Config) -> None:
     """Trains it, or goes on training."""
-    finish(config, run_training(config), title=f"{config.rule} on {config.site}")
+    train_and_report(config, title=f"{config.rule} on {config.site}")

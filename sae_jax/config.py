@@ -4,7 +4,7 @@ Experiments inherit these classes, so that a setting has one name, one default a
 description everywhere. Only experiments and `launch.py` know of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -55,6 +55,26 @@ class ModelConfig:
             return None
         return outline(self.lm)
 
+    def model_faults(self, sites: tuple[str, ...], context: int) -> list[str]:
+        """What does not fit the language model, as far as its configuration tells."""
+        try:
+            lm = self.outline()
+            self.open_tokenizer()
+        except (ValueError, OSError) as error:
+            return [f"lm: {error}"]
+        faults = []
+        if lm is not None and context > lm.context:
+            faults.append(
+                f"context={context} is more than the {lm.context} tokens that "
+                f"lm={self.lm!r} was built for"
+            )
+        for site in sites if lm else ():
+            try:
+                lm.width(site)
+            except ValueError as error:
+                faults.append(str(error))
+        return faults
+
     def open_tokenizer(self) -> Any:
         """Its tokenizer."""
         return load_tokenizer(self.lm)
@@ -89,16 +109,26 @@ class TextConfig:
     skip: Annotated[int, "positions at each context's start that are not used"] = 0
     text_seed: Annotated[int, "order of the documents, where they are files"] = 0
 
-    def open_documents(self, part: Part | None = None) -> Documents:
-        """The documents; those of another part if one is given."""
+    def open_documents(self) -> Documents:
+        """The documents."""
         return open_documents(
             self.dataset,
-            part=part or self.part,
+            part=self.part,
             column=self.column,
             split=self.split,
             subset=self.subset or None,
             seed=self.text_seed,
         )
+
+    def text_faults(self) -> list[str]:
+        """What is wrong with the text."""
+        cut = self.packing(repeat=True).faults()
+        faults = [fault.replace("length=", "context=") for fault in cut]
+        try:
+            self.open_documents()
+        except (ValueError, OSError) as error:
+            faults.append(f"dataset: {error}")
+        return faults
 
     def packing(self, *, repeat: bool) -> Packing:
         """How they are cut."""
@@ -180,7 +210,8 @@ class Evaluating:
     """Evaluation on held-out text."""
 
     contexts: Annotated[int, "how many contexts of the held-out text"] = 64
-    part: Annotated[Part, "which documents; see --part"] = "heldout"
+    dataset: Annotated[str, "which text; empty: the same as in training"] = ""
+    part: Annotated[Part, "which documents of it; see --part"] = "heldout"
 
     def __post_init__(self) -> None:
         faults = checks.field_faults("", self)
@@ -188,10 +219,17 @@ class Evaluating:
             faults.append("contexts=0 evaluates nothing; give at least 1.")
         checks.raise_all(faults)
 
+    def overlaps(self, text: dict[str, Any]) -> bool:
+        """Whether documents of the training text (its `TextConfig.text`) are in it."""
+        parts = {self.part, text["part"]}
+        same = self.dataset in ("", text["dataset"])
+        return same and (len(parts) == 1 or "all" in parts)
+
     def open(self, lm: Any, tokenizer: Any, text: TextConfig, per_pass: int) -> Any:
         """What measures SAEs there."""
+        text = replace(text, dataset=self.dataset or text.dataset, part=self.part)
         heldout = HeldOut.read(
-            text.open_documents(self.part),
+            text.open_documents(),
             tokenizer,
             text.packing(repeat=False),
             self.contexts,

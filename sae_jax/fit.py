@@ -15,7 +15,6 @@ from sae_jax.rules import RULES
 from sae_jax.run.in_folder import train_in_folder
 from sae_jax.run.loop import EVERY, Evaluate, Every, Loop
 from sae_jax.run.members import Member, Stream
-from sae_jax.run.stop import Stop
 from sae_jax.trained import TrainedSAE, describe, rows_of
 from sae_jax.training.recipe import Recipe
 from sae_jax.variables import Variables
@@ -132,7 +131,6 @@ def train_many(
         members,
         stream,
         recipe,
-        stop=Stop(),  # not entered: signals end a notebook's kernel only by its wish
         every=every,
         evaluate=evaluate,
         progress=progress,
@@ -157,6 +155,12 @@ def as_stream(activations: Any, batch: int, seed: int) -> Stream:
 
 def warm(sae: SAE, start: TrainedSAE, seed: int) -> Variables:
     """The arrays to start with: all of `start`, or the four under another rule."""
+    checks.raise_all(
+        f"start was made with {name}={getattr(start.sae, name)!r}, not "
+        f"{getattr(sae, name)!r}; leave the {name} as it was."
+        for name in ("treatment", "b_dec_start")
+        if getattr(sae, name) != getattr(start.sae, name)
+    )
     variables, before = start.variables, start.sae.bound
     if sae.bound.rule is not before.rule:
         four = before.call(before.rule.weights, variables.params, variables.state)
@@ -165,11 +169,6 @@ def warm(sae: SAE, start: TrainedSAE, seed: int) -> Variables:
         )
         variables = Variables(params, state, variables.constants)
     needed = sae.shapes()
-    if needed.constants.keys() != variables.constants.keys():
-        raise ValueError(
-            f"start was trained under treatment={start.sae.treatment!r}, not "
-            f"{sae.treatment!r}; leave the treatment as it was."
-        )
     return jax.tree.map_with_path(_as_needed, needed, variables)
 
 

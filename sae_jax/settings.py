@@ -183,6 +183,8 @@ def build(
     config = _rebuilt(default, (), values, flags, faults)
     if hasattr(config, "faults"):
         faults += [_concerning(fault, (), flags) for fault in config.faults()]
+    if not faults and hasattr(config, "conflicts"):
+        faults += [_concerning(fault, (), flags) for fault in config.conflicts()]
     return config, faults
 
 

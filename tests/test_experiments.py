@@ -14,6 +14,7 @@ import sae_jax
 from sae_jax import settings
 from sae_jax.activations import Shards
 from sae_jax.run.log import read_lines
+from sae_jax.training.knob import Knob
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -142,22 +143,49 @@ def test_the_papers_grids_at_its_own_size_and_scaled():
 
 def test_faults_name_what_does_not_fit(tmp_path):
     experiment = importlib.import_module("experiments.frontier")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").touch()
     config = experiment.Config(
-        out=str(tmp_path / "other"),
-        rules=("topk(k=5000)",),
+        out=str(tmp_path),
+        rules=("topk(k=5000)", "top_afa"),
         factors=(1.0,),
         dataset="/no/such",
-        context=1000,
     )
-    faults = "\n".join(config.faults())
-    assert "is not empty and holds no run" in faults
+    train = dataclasses.replace(config.train, knob=Knob(target_l0=50.0))
+    faults = "\n".join(dataclasses.replace(config, train=train).faults())
     assert "/no/such" in faults
-    assert "context=1000 is more than the 256 tokens" in faults
     assert "k=5000 must be above 0 and at most n_features=1536" in faults
-    config = dataclasses.replace(config, site="resid_post.9")
-    assert any("needs a layer from 0 to 3" in fault for fault in config.faults())
+    assert "Nothing can steer top_afa" in faults
+    for changes, fault in (
+        ({"context": 1000, "skip": -1}, "context=1000 is more than the 256 tokens"),
+        ({"context": 1000, "skip": -1}, "skip=-1 less"),
+        ({"site": "resid_post.9"}, "needs a layer from 0 to 3"),
+        ({"rules": ()}, "no SAE is asked for"),
+        ({"part": "all"}, "evaluation.part='heldout' is trained on as well"),
+    ):
+        faults = dataclasses.replace(config, **changes).faults()
+        assert any(fault in said for said in faults), fault
+
+
+def test_the_folder_is_looked_at_once_nothing_else_is_wrong(tmp_path):
+    (tmp_path / "file").touch()
+    experiment = importlib.import_module("experiments.train")
+    given = {"out": str(tmp_path)}
+    faults = settings.build(experiment.Config(), given)[1]
+    assert "is not empty and holds no run" in "".join(faults)
+    assert faults[0].startswith(f"--out: {tmp_path}")
+    faults = settings.build(experiment.Config(), {**given, "context": "1"})[1]
+    assert len(faults) == 1
+    assert "must be at least 2" in faults[0]
+
+
+def test_a_rule_file_is_known_by_its_content(tmp_path):
+    experiment = importlib.import_module("experiments.train")
+    (tmp_path / "a.py").write_text("one = 1")
+    first = experiment.Config(rule_files=(str(tmp_path / "a.py"),)).identity()
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    moved = experiment.Config(rule_files=(str(tmp_path / "b.py"),)).identity()
+    (tmp_path / "b.py").write_text("one = 2")
+    edited = experiment.Config(rule_files=(str(tmp_path / "b.py"),)).identity()
+    assert first == moved != edited
 
 
 def test_estimates_count_parameters_tokens_and_memory(tmp_path):

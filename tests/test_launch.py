@@ -98,20 +98,22 @@ def test_a_manual_goes_section_by_section():
 
 
 def test_the_papers_setting_is_the_plain_default_of_its_experiment():
-    """A dry run shows it, in a form that can be given again."""
+    text = run("--experiment=harvest_gpt2", "--help").stdout
+    for default in ("Skylion007/openwebtext", "gpt2", "resid_pre.8", "128", "81924096"):
+        assert f"(default: {default})" in text
+
+
+def test_a_dry_run_shows_settings_in_a_form_that_can_be_given_again():
     done = run(
-        *("--experiment=harvest_gpt2", "--dry_run", "--verbosity=1"),
-        *("--sites", "resid_pre.7, x"),
+        *("--experiment=harvest", "--dry_run", "--verbosity=1"),
+        *("--sites", "resid_pre.1, mlp_out.2"),
     )
     assert done.returncode == 0, done.stderr
     lines, _, estimates = done.stdout.partition("\n\n")
-    assert re.match("rows: 81,924,096|no estimates: lm='gpt2'", estimates)
+    assert estimates.startswith("rows: 1,000,000 of 2 sites, 384 wide in all")
     shown = dict(re.split(" += ", line) for line in lines.splitlines())
-    assert shown["--experiment"] == "harvest_gpt2"
-    assert shown["--dataset"] == "Skylion007/openwebtext"
-    assert shown["--lm"] == "gpt2"
-    assert shown["--context"] == "128"
-    assert shown["--sites"] == "resid_pre.7,x"
+    assert shown["--experiment"] == "harvest"
+    assert shown["--sites"] == "resid_pre.1,mlp_out.2"
     assert shown["--subset"] == "''"
     assert len({line.index(" = ") for line in lines.splitlines()}) == 1
 
@@ -196,8 +198,8 @@ def test_all_faults_of_a_command_are_one_list(tmp_path):
             "bench_lm, ",
         ),
         ([], 2, "--experiment is one of"),
-        (["--experiment=harvest", "--lm=./no"], 1, "error: lm='./no' is not a folder"),
-        (["--experiment=harvest", "--dataset=/no/such"], 1, "is not on this machine"),
+        (["--experiment=harvest", "--lm=./no"], 2, "--lm: lm='./no' is not a folder"),
+        (["--experiment=harvest", "--dataset=/no/such"], 2, "is not on this machine"),
     ],
 )
 def test_bad_commands_get_one_clear_error(arguments, status, message):

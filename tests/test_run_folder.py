@@ -29,7 +29,20 @@ CONFIG = {"lr": 0.1, "data": {"batch": 4, "inner": {"seed": 0}}, "sites": ("a", 
 
 
 def opened(path, config=CONFIG):
+    """As a run leaves it that has trained."""
     RunFolder(path, config).close()
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write("{}\n")
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_other_settings(tmp_path):
+    RunFolder(tmp_path, CONFIG).close()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    opened(tmp_path, {"lr": 0.2})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 0.2}
+    with pytest.raises(ValueError, match=r"lr was 0\.2 and is 0\.1"):
+        opened(tmp_path)
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
@@ -169,12 +182,11 @@ def test_tensorboard_holds_the_same_values(tmp_path):
     log = TensorBoard(tmp_path, 4)  # steps 4 and 6 are done again, 6 is not reached
     for line in LINES[2:4]:
         log.write(line)
-    log.flush()
+    log.close()
     for sae in ("one", "two"):
         want = {("train/loss", t): np.float32(1 / t) for t in (2, 4)}
         want |= {("train/rows", t): 4.0 * t for t in (2, 4)}
         assert scalars(tmp_path / sae) == want
-    log.close()
 
 
 class FakeWandb(types.ModuleType):
@@ -198,13 +210,16 @@ class FakeWandb(types.ModuleType):
 def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = Wandb(tmp_path / "my-run", "saes", {"lr": 0.1})
+    for folder in ("my-run", "my-run", "a/my-run"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        log = Wandb(tmp_path / folder, "saes", {"lr": 0.1})
     log.write(LINES[3])
     log.flush()
     log.close()
-    [(_, options), *rest] = fake.calls
+    [(_, first), (_, again), (_, options), *rest] = fake.calls
+    assert first["id"] == again["id"] != options["id"]
     assert options["project"] == "saes"
-    assert options["id"] == "my-run"
+    assert options["name"] == "my-run"
     assert options["resume"] == "allow"
     assert options["config"] == {"lr": 0.1}
     assert rest == [
@@ -237,7 +252,7 @@ def test_a_run_leaves_its_folder(tmp_path, monkeypatch):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         *("config.json", "environment.jsonl", "metrics.jsonl", "timing.jsonl"),
-        *("tensorboard", "checkpoints", "saes", ".lock"),
+        *("tensorboard", "checkpoints", "saes", ".lock", "wandb_id"),
     }
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert trained.history == again.history == lines

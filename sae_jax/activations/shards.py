@@ -19,6 +19,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from sae_jax.whole_files import write_whole
+
 FORMAT = "sae_jax.activations.1"
 MANIFEST = "manifest.json"
 DTYPES = {
@@ -78,12 +80,7 @@ def write_shard(
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Replaces the manifest whole."""
-    unfinished = folder / f"{MANIFEST}.unfinished"
-    with unfinished.open("w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_jax.report.table import COLUMNS, Row
+from sae_jax.whole_files import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --faint: #8881; }
@@ -83,9 +84,7 @@ def write_page(
         _record("Versions and machine", about),
         "</body></html>",
     ]
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text("\n".join(parts), encoding="utf-8")
-    unfinished.rename(path)
+    write_whole(path, "\n".join(parts))
 
 
 def _results(rows: Sequence[Row]) -> str:

@@ -6,7 +6,6 @@ and compared after reading. So damage is found even where the files can still be
 """
 
 import json
-import logging
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +39,6 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep={keep} checkpoints leaves none; keep at least 1.")
         self.folder = Path(folder).absolute()
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each write
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(

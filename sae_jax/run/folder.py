@@ -24,9 +24,12 @@ from typing import Any
 import jax
 
 from sae_jax import checks
+from sae_jax.whole_files import UNFINISHED, write_whole
 
 CONFIG, ENVIRONMENT, LOCK = "config.json", "environment.jsonl", ".lock"
-UNFINISHED = ".unfinished"
+# What is there before anything was trained, which claims no folder.
+PRELIMINARY = {LOCK, CONFIG, CONFIG + UNFINISHED, ENVIRONMENT}
+EMPTY_AT_FIRST = {"checkpoints", "metrics.jsonl", "timing.jsonl"}
 LIBRARIES = (
     "sae_jax jax jaxlib flax optax orbax-checkpoint transformers datasets grain numpy"
 ).split()
@@ -42,9 +45,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, config: dict[str, Any]):
         self.path = Path(path).expanduser()
-        fault = folder_fault(self.path, config)
-        if fault:
-            raise ValueError(fault)
+        checks.raise_all(filter(None, [folder_fault(self.path, config)]))
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")
         try:
@@ -55,8 +56,9 @@ class RunFolder:
                 f"another process is training in {self.path}; wait for it, or choose "
                 f"another folder"
             ) from None
-        if not (self.path / CONFIG).exists():
-            write_whole(self.path / CONFIG, json.dumps(config, indent=1) + "\n")
+        # Once more: another process may have come and gone before the lock.
+        checks.raise_all(filter(None, [folder_fault(self.path, config)]))
+        write_whole(self.path / CONFIG, json.dumps(config, indent=1) + "\n")
         with (self.path / ENVIRONMENT).open("a") as file:
             file.write(json.dumps(environment()) + "\n")
 
@@ -75,12 +77,10 @@ def folder_fault(path: str | Path, config: dict[str, Any]) -> str | None:
         return None
     if not path.is_dir():
         return f"{path} is a file; a run needs a folder."
+    if all(map(is_preliminary, path.iterdir())):
+        return None  # nothing was trained there yet
     if not (path / CONFIG).exists():
-        # What a process leaves that was killed before the settings were written.
-        begun = (LOCK, f"{CONFIG}{UNFINISHED}")
-        if any(entry.name not in begun for entry in path.iterdir()):
-            return f"{path} is not empty and holds no run; choose another folder."
-        return None
+        return f"{path} is not empty and holds no run; choose another folder."
     try:
         before = json.loads((path / CONFIG).read_text())
     except ValueError as error:
@@ -94,6 +94,13 @@ def folder_fault(path: str | Path, config: dict[str, Any]) -> str | None:
     return None
 
 
+def is_preliminary(entry: Path) -> bool:
+    """Whether a run that failed before its first window may have left it."""
+    if entry.name not in EMPTY_AT_FIRST:
+        return entry.name in PRELIMINARY
+    return not any(entry.iterdir()) if entry.is_dir() else entry.stat().st_size == 0
+
+
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level of dotted names."""
     if not isinstance(values, dict):
@@ -103,16 +110,6 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
         for key, inner in values.items()
         for name, value in flat(inner, f"{prefix}.{key}" if prefix else key).items()
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
 
 
 def environment() -> dict[str, Any]:

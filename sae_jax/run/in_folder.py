@@ -27,7 +27,7 @@ def train_in_folder(
     stream: Stream,
     recipe: Recipe,
     *,
-    stop: Stop,
+    stop: Stop | None = None,
     every: Every = EVERY,
     evaluate: Evaluate | None = None,
     about: Mapping[str, Any] | None = None,
@@ -42,7 +42,7 @@ def train_in_folder(
       members: the SAEs; see `Loop`, also for what follows.
       stream: where batches come from.
       recipe: how they are trained.
-      stop: entered by the caller, so that it also covers what comes before.
+      stop: entered by a caller who wants signals to save and end the process.
       every: how often to log, evaluate and save.
       evaluate: called with the name, description and arrays of a member.
       about: provenance, kept with every SAE.
@@ -53,7 +53,6 @@ def train_in_folder(
     def logs(start: int) -> Sequence[Log]:
         opened: list[Log] = [
             JsonLines(folder / METRICS, start),
-            Timing(folder / "timing.jsonl"),
             TensorBoard(folder / "tensorboard", start),
         ]
         if wandb:
@@ -62,13 +61,14 @@ def train_in_folder(
 
     checks.raise_all(
         f"{name!r} cannot be the name of an SAE, since a folder is named after it; "
-        f"take letters, digits and any of _ - + = . ( ) ,"
+        f"take letters, digits and any of _ - + = . : ( ) ,"
         for name in members
-        if not re.fullmatch(r"[\w(][\w.+=(), -]*", name)
+        if not re.fullmatch(r"[\w(][\w.+=(), :-]*", name)
     )
     folder = RunFolder(path, config)
     checkpoints = Checkpoints(folder / "checkpoints", keep=every.keep)
-    with closing(folder), closing(checkpoints):
+    timing = Timing(folder / "timing.jsonl")
+    with closing(folder), closing(checkpoints), closing(timing):
         trained = Loop(
             members,
             stream,
@@ -77,6 +77,7 @@ def train_in_folder(
             logs=logs,
             checkpoints=checkpoints,
             evaluate=evaluate,
+            timing=timing,
             stop=stop,
             progress=progress,
         ).run()

@@ -9,11 +9,12 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sae_jax.run.folder import write_whole
+from sae_jax.whole_files import write_whole
 
 Line = Mapping[str, Any]
 NOT_METRICS = ("step", "sae", "kind")
@@ -64,29 +65,27 @@ class JsonLines:
 
 
 class Timing:
-    """When each step was noted, and the speed since the step before; lines stay."""
+    """When windows of steps ended, and their speed; lines stay when a run goes on.
+
+    The device works behind the program by up to a window, so a line alone can be off.
+    """
 
     def __init__(self, path: Path):
         self._file = path.open("a")
-        self._last: tuple[int, float, float] | None = None
+        self._last: tuple[int, float] | None = None
 
-    def write(self, line: Line) -> None:
-        """See `Log`."""
-        if line["kind"] != "train" or (self._last and self._last[0] == line["step"]):
-            return
-        now = {"step": line["step"], "time": time.time(), "rows_per_s": None}
-        if self._last:
-            _, rows, before = self._last
-            now["rows_per_s"] = (line["rows"] - rows) / (now["time"] - before)
-        self._last = line["step"], line["rows"], now["time"]
-        self._file.write(json.dumps(now) + "\n")
-
-    def flush(self) -> None:
-        """See `Log`."""
+    def note(self, step: int, rows: int) -> None:
+        """A window has ended; `rows` were seen so far."""
+        now, speed = time.time(), None
+        if self._last and now > self._last[1]:
+            speed = (rows - self._last[0]) / (now - self._last[1])
+        self._last = rows, now
+        line = {"step": step, "time": now, "rows_per_s": speed}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """See `Log`."""
+        """Lets go of the file."""
         self._file.close()
 
 
@@ -119,15 +118,19 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases, an optional package; the run's folder decides its id."""
+    """Weights & Biases, an optional package; the run's id stays in its folder."""
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any]):
         import wandb
 
+        known = folder / "wandb_id"
+        if not known.exists():
+            write_whole(known, uuid.uuid4().hex)
         self._run = wandb.init(
             project=project,
             dir=str(folder),
-            id=folder.resolve().name,
+            id=known.read_text(),
+            name=folder.resolve().name,
             resume="allow",
             config=config,
         )
@@ -169,6 +172,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def plain(value: Any) -> Any:
     """A number that JSON can hold: null where it is not finite."""
+    value = value.item() if hasattr(value, "item") else value  # an array's scalar
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sae_jax import checks
 from sae_jax.model import SAE
 from sae_jax.run.checkpoints import Checkpoints
-from sae_jax.run.log import Log, plain
+from sae_jax.run.log import Log, Timing, plain
 from sae_jax.run.members import Held, Member, Rows, Stream, compile_steps, fresh, shapes
 from sae_jax.run.progress import Progress
 from sae_jax.run.stop import Stop, nothing_to_save
@@ -72,6 +72,7 @@ class Loop:
       logs: given the step at which the run begins, opens what metrics go to.
       checkpoints: where to save, if at all.
       evaluate: called with the name, description and arrays of a member.
+      timing: notes when windows of steps end.
       stop: what saves when the process is told to end.
       progress: whether to show a bar.
     """
@@ -86,6 +87,7 @@ class Loop:
         logs: Callable[[int], Sequence[Log]] = lambda start: (),
         checkpoints: Checkpoints | None = None,
         evaluate: Evaluate | None = None,
+        timing: Timing | None = None,
         stop: Stop | None = None,
         progress: bool = True,
     ):
@@ -98,6 +100,7 @@ class Loop:
         self.every, self.checkpoints, self.evaluate = every, checkpoints, evaluate
         self.history: dict[str, list[dict[str, Any]]] = {name: [] for name in members}
         self._open_logs, self._show, self._stop = logs, progress, stop or Stop()
+        self._timing = timing
         self._unread: tuple[int, dict[str, Window]] | None = None
 
     def run(self) -> dict[str, TrainedSAE]:
@@ -167,6 +170,8 @@ class Loop:
         saves = t > 0 and (last or t % self.every.save == 0)
         if logs:
             self._read_window()
+            if self._timing:
+                self._timing.note(t, t * self.stream.batch)
             self._unread = t, {n: held.window for n, held in self._point.held.items()}
         if evaluates:
             self._evaluate(t)

@@ -63,6 +63,8 @@ class Member(NamedTuple):
         """What does not fit the sites that there are."""
         if (self.target is None) == self.sae.is_transcoder:
             yield "a transcoder, and only a transcoder, has a target site."
+        if "grad_x" in self.sae.bound.rule.needs:
+            yield "its rule needs gradients of the model's loss; no stream has any."
         wanted = [(self.site, self.sae.d_in), (self.target, self.sae.width_out)]
         for site, width in wanted:
             if site is None:

@@ -40,12 +40,6 @@ class Progress:
         title = f"{name}: " if len(names) > 1 else ""
         self._bar.set_postfix_str(title + text, refresh=False)
 
-    @property
-    def rows_per_s(self) -> float:
-        """The mean speed of this process so far."""
-        elapsed = self._bar.format_dict["elapsed"]
-        return (self._bar.n - self._bar.initial) / elapsed if elapsed else 0.0
-
     def __enter__(self) -> "Progress":
         return self
 

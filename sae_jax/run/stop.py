@@ -84,6 +84,8 @@ class Stop:
                 said = self.save()
             except Exception as error:
                 said = f"Saving failed: {error}. The checkpoint before it stays."
-            print(f"\n{name}: {said}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            os._exit(STOPPED)
+            try:
+                print(f"\n{name}: {said}", file=sys.stderr, flush=True)
+                sys.stdout.flush()
+            finally:  # also where whoever read it has gone
+                os._exit(STOPPED)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sae_jax import checks
 from sae_jax.text.documents import Document, Documents
 
 
@@ -47,6 +48,11 @@ class Packing(NamedTuple):
     skip: int = 0
     repeat: bool = True
 
+    def faults(self) -> Iterator[str]:
+        """What no text can be cut by."""
+        if self.length < 2 or not 0 <= self.skip < self.length:
+            yield f"length={self.length} must be at least 2, and skip={self.skip} less"
+
 
 class _Piece(NamedTuple):
     """The part of a document that is not used yet."""
@@ -65,10 +71,7 @@ def contexts(
         bos = tokenizer.eos_token_id
     if bos is None:
         raise ValueError("the tokenizer has neither a BOS nor an EOS token")
-    if packing.length < 2 or not 0 <= packing.skip < packing.length:
-        raise ValueError(
-            f"length={packing.length} must be at least 2, and skip={packing.skip} less"
-        )
+    checks.raise_all(packing.faults())
     pieces = _pieces(documents, tokenizer, bos, packing, position)
     cut = _joined if packing.join else _apart
     last_used = None

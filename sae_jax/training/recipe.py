@@ -44,6 +44,10 @@ class Recipe:
             faults.append("steps=0 trains nothing; give at least 1.")
         if not faults and self.warmup > self.steps:
             faults.append(f"warmup={self.warmup} is longer than steps={self.steps}.")
+        if not faults and max(self.b1, self.b2) >= 1:
+            faults.append(f"b1={self.b1} and b2={self.b2} must be below 1.")
+        if self.clip == 0:
+            faults.append("clip=0 learns nothing; none: no clipping.")
         checks.raise_all(faults)
 
     def optimiser(self) -> optax.GradientTransformation:
