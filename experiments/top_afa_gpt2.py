@@ -18,10 +18,12 @@ Command:  python launch.py --experiment=top_afa_gpt2 --out=/data/top_afa
 Offline:  python launch.py --experiment=top_afa_gpt2 --lm=embedded --dataset=embedded
           --sites=resid_pre.2 --config.train.steps=1000 --config.data.batch=512
           --config.data.buffer=16384 --ks=128,512 --coefs=1/64,1/32
-Hardware: not run at full size yet. Its 69 SAEs take 16 GB with their optimisers (see
-          --dry_run); on less, take one site at a time.
-Expected: the paper's figures are in its section 5; L0 of Top-AFA rises with the
-          coefficient, and its best run is near the best of all k.
+          (six SAEs, under four minutes on 2 CPU cores)
+Hardware: not run at full size yet. By --dry_run its 69 SAEs take 16 GB with their
+          optimisers, and activations 14 GB; on less, take one site at a time.
+Expected: L0 of Top-AFA rises with the coefficient, and its best run is near the best of
+          all k (the paper's tables). Offline: NMSE 0.34 and 0.28 for TopK with 32 and
+          128 features, 0.20 and 0.19 for Top-AFA, which takes 188 and 206.
 """
 
 from dataclasses import dataclass
