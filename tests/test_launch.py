@@ -144,7 +144,7 @@ def test_a_dry_run_of_sections_shows_estimates_and_reads_back():
 def test_the_defaults_of_every_experiment_can_be_written_out_and_read_back(name):
     config = importlib.import_module(f"experiments.{name}").Config()
     found = settings.declared(config)
-    assert len(found) > 5
+    assert len(found) > 2
     for setting in found:
         (text,) = shlex.split(settings.show(setting.value))
         assert settings.parse(text, setting.kind) == setting.value

@@ -181,6 +181,12 @@ def zf_figure(
         axes.set_axis_off()
     for axes in panels[: len(evaluations) or 1]:
         drawing.say_if_empty(axes)
+    legend_of_bands(figure)
+    return figure
+
+
+def legend_of_bands(figure: Figure) -> None:
+    """What the diagonal and the bands of a ZF plot are."""
     diagonal = Line2D([], [], color="black", lw=1, label="‖f‖ = ‖z‖")
     bands = [Patch(color=_shade(c), label=f"c ≤ {c:g}") for c in BANDS]
     drawing.legend_below(
@@ -189,7 +195,6 @@ def zf_figure(
         "‖z‖: norm of a row, ‖f‖: norm of its code; "
         "shaded: what ε allows, with c = ε (F - 1)",
     )
-    return figure
 
 
 def _draw_norms(axes: Axes, evaluation: Evaluation, colour: str) -> None:
@@ -200,15 +205,22 @@ def _draw_norms(axes: Axes, evaluation: Evaluation, colour: str) -> None:
         return
     # The longest rows of a language model are tens of times longer than the others.
     limit = 1.05 * max(np.quantile(norms[finite], 0.995) for norms in (z, f)) or 1.0
+    draw_bands(axes, limit)
+    # By lot: every n-th row might always be the same position of a context.
+    lot = np.random.default_rng(0).permutation(len(z))[:MOST_POINTS]
+    axes.plot(z[lot], f[lot], ".", ms=2.5, color=colour, alpha=0.6, mew=0)
+    outside = len(z) - np.count_nonzero(finite & (z <= limit) & (f <= limit))
+    axes.set_xlabel(f"‖z‖\n{outside:,} of {len(z):,} rows outside", fontsize=8)
+
+
+def draw_bands(axes: Axes, limit: float) -> None:
+    """The diagonal of a ZF plot, and what eps allows around it."""
     ends = np.array([0.0, limit])
     for c in reversed(BANDS):
         low = ends / np.sqrt(1 + c)
         high = ends / np.sqrt(1 - c) if c < 1 else np.full(2, limit)
         axes.fill_between(ends, low, high, color=_shade(c), lw=0)
     axes.plot(ends, ends, color="black", lw=1)
-    # By lot: every n-th row might always be the same position of a context.
-    lot = np.random.default_rng(0).permutation(len(z))[:MOST_POINTS]
-    axes.plot(z[lot], f[lot], ".", ms=2.5, color=colour, alpha=0.6, mew=0)
     axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
     axes.grid(visible=False)
     for axis in (axes.xaxis, axes.yaxis):
@@ -218,8 +230,6 @@ def _draw_norms(axes: Axes, evaluation: Evaluation, colour: str) -> None:
     axes.text(
         0.96, 0.04, "activates\ntoo little", ha="right", transform=inside, fontsize=7
     )
-    outside = len(z) - np.count_nonzero(finite & (z <= limit) & (f <= limit))
-    axes.set_xlabel(f"‖z‖\n{outside:,} of {len(z):,} rows outside", fontsize=8)
 
 
 def _shade(c: float) -> tuple[float, float, float]:

@@ -1,0 +1,110 @@
+"""Evaluates recorded norms: did the SAE of each layer activate too much or too little?
+
+Reads the authors' files of Lee et al. 2025 (arXiv:2503.24277), or any table with the
+columns layer, norm_z, norm_f and l_recon (the squared error): the norm of a row, that
+of its code with the decoder's norms and bias, and how well it was reconstructed.
+
+Command:  python launch.py --experiment=zf --csv=FILE --n_features=24576
+Leaves:   out/zf.png, out/violins.png, out/layers.csv
+Expected: of the paper's recording of GPT-2 small (24,576 features), best layer 1 and
+          worst layer 9 by median epsilon-LBO, best 1 and worst 11 by NMSE.
+"""
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.quasi_orthogonality import epsilon_lbo
+from sae_jax.report import drawing
+from sae_jax.report.layers import Layer, layers_zf_figure, violins_figure
+from sae_jax.whole_files import write_whole
+
+COLUMNS = ("layer", "norm_z", "norm_f", "l_recon")
+
+
+@dataclass
+class Config:
+    """What can be set from the command line."""
+
+    csv: Annotated[str, "table with layer, norm_z, norm_f and l_recon"] = ""
+    n_features: Annotated[int, "size of the dictionaries"] = 0
+    out: Annotated[str, "folder to write to"] = "runs/zf"
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with these settings."""
+        if self.n_features < 2:
+            yield f"n_features={self.n_features}; give the size of the dictionaries"
+        if not Path(self.csv).expanduser().is_file():
+            yield f"csv={self.csv!r} is not a file"
+
+
+def run(config: Config) -> None:
+    """Prints the medians of each layer, and draws both figures."""
+    layers = read(Path(config.csv).expanduser(), config.n_features)
+    out = Path(config.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    drawing.save(layers_zf_figure(layers), out / "zf.png")
+    drawing.save(violins_figure(layers), out / "violins.png")
+    rows = medians(layers)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(out / "layers.csv", text.getvalue())
+    print("layer   rows   median eps-LBO   median NMSE   median norm ratio")
+    for row in rows:
+        print(
+            f"{row['layer']:5}  {row['rows']:5}   {row['epsilon_lbo']:14.3g}   "
+            f"{row['nmse']:11.4g}   {row['norm_ratio']:17.3f}"
+        )
+    for score, name in (("epsilon_lbo", "eps-LBO"), ("nmse", "NMSE")):
+        ranked = sorted(rows, key=lambda row, score=score: row[score])
+        best, worst = ranked[0]["layer"], ranked[-1]["layer"]
+        print(f"By median {name}: best layer {best:.0f}, worst layer {worst:.0f}")
+    print(f"Figures: {out.resolve()}")
+
+
+def read(path: Path, n_features: int) -> dict[int, Layer]:
+    """The rows of each layer, in the order of the layers."""
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        missing = sorted(set(COLUMNS) - set(table.fieldnames or ()))
+        if missing:
+            raise ValueError(f"{path} has no column {', '.join(missing)}")
+        try:
+            lines = [[float(row[column]) for column in COLUMNS] for row in table]
+        except (TypeError, ValueError) as error:
+            line = table.line_num
+            raise ValueError(f"{path}, line {line}: {error}") from None
+    if not lines:
+        raise ValueError(f"{path} has no rows")
+    number, z, f, error = np.array(lines).T
+    norms = (jnp.asarray(norm, jnp.float32) for norm in (z, f))
+    epsilon = np.asarray(epsilon_lbo(*norms, n_features))
+    nmse = error / np.square(z)
+    return {
+        int(layer): Layer(
+            *(column[number == layer] for column in (z, f, epsilon, nmse))
+        )
+        for layer in np.unique(number)
+    }
+
+
+def medians(layers: dict[int, Layer]) -> list[dict[str, float]]:
+    """One row for each layer."""
+    return [
+        {
+            "layer": number,
+            "rows": len(layer.norm_z),
+            "epsilon_lbo": float(np.median(layer.epsilon_lbo)),
+            "nmse": float(np.median(layer.nmse)),
+            "norm_ratio": float(np.median(layer.norm_f / layer.norm_z)),
+        }
+        for number, layer in layers.items()
+    ]
