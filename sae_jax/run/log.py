@@ -95,7 +95,11 @@ class TensorBoard:
     def __init__(self, folder: Path, start: int):
         from tensorboardX import SummaryWriter
 
-        self._open = lambda name: SummaryWriter(str(folder / name), purge_step=start)
+        # Files are named by the second: a run that goes on at once needs more.
+        suffix = f".{time.time_ns()}"
+        self._open = lambda name: SummaryWriter(
+            str(folder / name), purge_step=start, filename_suffix=suffix
+        )
         self._writers: dict[str, Any] = {}
 
     def write(self, line: Line) -> None:
