@@ -59,7 +59,7 @@ class Config(Training):
     coefs: Annotated[tuple[float, ...], "the paper's coefficients, at width 768"] = (
         *(1 / 128, 1 / 64, 1 / 32, 1 / 24, 1 / 16),
     )
-    seed: Annotated[int, "decides the start"] = 49
+    seeds: Annotated[tuple[int, ...], "each decides a start"] = (49,)
     sae: Dictionary = Dictionary(treatment="standardise")
     data: Data = Data(batch=4096, buffer=524_288, contexts_per_pass=64)
     train: Recipe = Recipe(
@@ -72,7 +72,7 @@ class Config(Training):
     every: Every = Every(log=100, evaluate=5000)
 
     def wanted(self) -> list[Wanted]:
-        """Both budgets with every k and Top-AFA with every coefficient, per site."""
+        """Both budgets with every k, Top-AFA with every coefficient, per site, seed."""
         found = []
         for site in self.sites:
             width = (self.outline() or self.open_lm()).width(site)
@@ -81,7 +81,9 @@ class Config(Training):
             ks = dict.fromkeys(max(1, round(k * share)) for k in self.ks)
             specs = [f"{rule}(k={k})" for k in ks for rule in ("topk", "batch_topk")]
             specs += [f"top_afa(coef={coef * wide})" for coef in self.coefs]
-            found += [Wanted(spec, site, None, self.seed) for spec in specs]
+            found += [
+                Wanted(spec, site, None, seed) for spec in specs for seed in self.seeds
+            ]
         return found
 
     def read_sites(self) -> tuple[str, ...]:
