@@ -252,6 +252,14 @@ def fired(codes: Codes, mask: Bool[Array, " B"] | None) -> Bool[Array, " F"]:
     return active.any(0)
 
 
+def counts(codes: Codes, mask: Bool[Array, " B"]) -> Int[Array, " F"]:
+    """On how many valid rows each feature is active."""
+    active = ((strengths(codes) != 0) & mask[:, None]).astype(jnp.int32)
+    if isinstance(codes, Sparse):
+        return jnp.zeros(codes.n_features, jnp.int32).at[codes.indices].add(active)
+    return active.sum(0)
+
+
 def astype(codes: Codes, dtype: Any) -> Codes:
     """The same codes with values of another type."""
     if isinstance(codes, Sparse):

@@ -122,7 +122,7 @@ class SAE(Architecture):
         if grad_x is not None:  # d loss / d treated = (d loss / d x) (d x / d treated)
             grad_x = grad_x.astype(self.param_dtype) * undo.factor
 
-        weights = self._weights(variables, **turned)
+        weights = self.weights(variables, **turned)
         centre = rule.centres if self.centre is None else self.centre
         centre = centre and not self.is_transcoder
         bias = rule.reads_b_enc if self.encoder_bias is None else self.encoder_bias
@@ -168,7 +168,11 @@ class SAE(Architecture):
             for rows in (x, target, grad_x)
         )
 
-    def _weights(self, variables: Variables, **turned: Any) -> Weights:
+    def weights(self, variables: Variables, **turned: Any) -> Weights:
+        """What encodes and decodes, which a rule may make of what is learned.
+
+        `turned` are values of the rule's hyperparameters other than its own.
+        """
         weights = self.bound.call(
             self.bound.rule.weights, variables.params, variables.state, **turned
         )
@@ -221,7 +225,7 @@ class SAE(Architecture):
         else:
             checks.beside("like", like, self.width_out, codes.strengths(active))
         _, undo = self._treat(like, variables.constants.get("scale_out"))
-        weights = self._weights(variables)
+        weights = self.weights(variables)
         x_hat = codes.decode(active, weights.W_dec, jnp.dtype(self.dtype))
         return undo(x_hat + weights.b_dec)
 
