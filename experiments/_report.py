@@ -1,61 +1,185 @@
 """What an experiment leaves for its reader: a table, figures, and one page."""
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from experiments._features import features
 from experiments._training import Config, Result, run_training
 from sae_jax import report
+from sae_jax.config import Reporting
+from sae_jax.evaluation import Evaluation, Evaluator
 from sae_jax.run.folder import ENVIRONMENT
 from sae_jax.run.log import read_lines
 from sae_jax.run.stop import Stop
 from sae_jax.settings import to_dict
+from sae_jax.trained import TrainedSAE
 from sae_jax.whole_files import write_whole
 
-CAPTIONS = {
-    "curves": "Training: normalised error of the batches, and active features per row.",
-    "frontier": "Sparsity against reconstruction on held-out text: further left is "
-    "sparser; lower error and more recovered loss are better.",
-    "zf": "ZF plot (Lee et al. 2025): the norm of each held-out row against that of "
-    "its code. If the dictionary's directions were orthogonal, points would lie on the "
+CURVES = "Training: normalised error of the batches, and active features per row."
+FRONTIER = (
+    "Sparsity against reconstruction on held-out text: further left is sparser; lower "
+    "error and more recovered loss are better."
+)
+ZF = (
+    "ZF plot (Lee et al. 2025): the norm of each held-out row against that of its "
+    "code. If the dictionary's directions were orthogonal, points would lie on the "
     "diagonal; the bands are what quasi-orthogonality of eps allows. Below: too few or "
-    "too weak features. Above: too many or too strong.",
-    "density": "How often features fire on held-out text.",
-}
+    "too weak features. Above: too many or too strong."
+)
+VIOLINS = (
+    "How far the norms of held-out rows and of their codes are apart (epsilon-LBO), "
+    "and the squared error of the rows over their squared norms."
+)
+DENSITY = "How often features fire on held-out text."
 
 
-def train_and_report(config: Config, *, title: str) -> None:
+NO_NOTES: Mapping[str, str] = {}
+
+
+class Figure(NamedTuple):
+    """A picture and what it shows."""
+
+    file: Path
+    caption: str
+
+
+def train_and_report(config: Config, *, title: str) -> Result:
     """Trains, or goes on training; then `report_on`."""
     with Stop() as stop:
-        report_on(config, run_training(config, stop), title=title)
+        result = run_training(config, stop)
+        report_on(config, result, title=title)
+    return result
 
 
-def report_on(config: Config, result: Result, *, title: str) -> None:
-    """Prints the table; writes figures and the page, and says where."""
-    out, rows = Path(config.out).expanduser(), result.rows()
-    figures = out / "figures"
-    figures.mkdir(exist_ok=True)
-    history = {
-        name: [line for line in one.history if line["kind"] == "train"]
-        for name, one in result.trained.items()
-    }
-    sizes = {row["name"]: row["n_features"] for row in rows}
-    report.curves(history, figures / "curves.png")
-    report.frontier(rows, figures / "frontier.png")
-    report.zf(result.evaluations, sizes, figures / "zf.png")
-    report.density(result.evaluations, figures / "density.png")
-    write_whole(out / "results.csv", report.csv_text(rows))
+def report_on(
+    config: Config,
+    result: Result,
+    *,
+    title: str,
+    figures: Sequence[Figure] = (),
+    notes: Mapping[str, str] = NO_NOTES,
+) -> None:
+    """Reports on the SAEs of a training run; `figures` and `notes` are shown first."""
+    out, rows = Path(config.out).expanduser(), rows_of(result)
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    report.curves(training_lines(result), folder / "curves.png")
+    report.frontier(rows, folder / "frontier.png")
+    print(f"\n{report.table(rows)}\n", flush=True)
     tokens = config.train.steps * config.data.batch
-    held_out = len(next(iter(result.evaluations.values())).norm_z)
+    write_report(
+        out,
+        result.trained,
+        result.evaluations,
+        result.evaluator,
+        result.tokenizer,
+        config.report,
+        title=title,
+        made=f"{len(rows)} SAEs, trained on the same {tokens:,} tokens and evaluated",
+        about=f"Language model: {config.lm}. Text: {config.dataset}.",
+        figures=[
+            *figures,
+            Figure(folder / "curves.png", CURVES),
+            Figure(folder / "frontier.png", FRONTIER),
+        ],
+        notes=notes,
+        settings=to_dict(config),
+        environment=read_lines(out / ENVIRONMENT)[-1],
+    )
+
+
+def write_report(
+    out: Path,
+    saes: Mapping[str, TrainedSAE],
+    evaluations: Mapping[str, Evaluation],
+    evaluator: Evaluator,
+    tokenizer: Any,
+    reporting: Reporting,
+    *,
+    title: str,
+    made: str,
+    about: str,
+    figures: Sequence[Figure],
+    notes: Mapping[str, str],
+    settings: dict[str, Any],
+    environment: dict[str, Any],
+) -> None:
+    """Prints the table; writes results, figures and the page, and says where."""
+    rows = [row(name, one, evaluations[name].scores) for name, one in saes.items()]
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True, parents=True)
+    sizes = {name: one.sae.n_features for name, one in saes.items()}
+    report.zf(evaluations, sizes, folder / "zf.png")
+    report.violins(evaluations, "SAE", folder / "violins.png")
+    report.density(evaluations, folder / "density.png")
+    write_whole(out / "results.csv", report.csv_text(rows))
+    names = best_of_each_rule(rows)[: reporting.browse]
+    print(f"Looking into the features of {', '.join(names) or 'none'} ...", flush=True)
+    shown = features(
+        {name: saes[name] for name in names},
+        evaluator,
+        tokenizer,
+        n_steered=reporting.steer,
+    )
+    held_out = int(evaluator.heldout.use.sum())
     report.write_page(
         out / "report.html",
         title=title,
-        summary=(
-            f"{len(rows)} SAEs, trained on the same {tokens:,} tokens and evaluated on "
-            f"{held_out:,} held-out ones. Language model: {config.lm}. Text: "
-            f"{config.dataset}."
-        ),
+        summary=f"{made} on {held_out:,} tokens of held-out text. {about}",
         rows=rows,
-        figures=[(figures / f"{name}.png", text) for name, text in CAPTIONS.items()],
-        config=to_dict(config),
-        about=read_lines(out / ENVIRONMENT)[-1],
+        figures=[
+            *figures,
+            Figure(folder / "zf.png", ZF),
+            Figure(folder / "violins.png", VIOLINS),
+            Figure(folder / "density.png", DENSITY),
+        ],
+        notes=notes,
+        config=settings,
+        about=environment,
+        **shown._asdict(),
     )
-    print(f"\n{report.table(rows)}\n\nReport: {(out / 'report.html').resolve()}")
+    print(f"Report: {(out / 'report.html').resolve()}")
+
+
+def training_lines(result: Result) -> dict[str, list[dict[str, Any]]]:
+    """What was logged in training, by SAE."""
+    return {
+        name: [line for line in one.history if line["kind"] == "train"]
+        for name, one in result.trained.items()
+    }
+
+
+def rows_of(result: Result) -> list[dict[str, Any]]:
+    """One row for each SAE of a run."""
+    return [
+        row(name, one, result.evaluations[name].scores)
+        for name, one in result.trained.items()
+    ]
+
+
+def row(name: str, one: TrainedSAE, scores: Mapping[str, float]) -> dict[str, Any]:
+    """What tables and figures take of one SAE."""
+    bound = one.sae.bound
+    return {
+        "name": name,
+        "rule": bound.rule.name,
+        "spec": bound.spec,
+        "knob": bound.hp[bound.rule.knob],
+        "site": one.about["site"],
+        "seed": one.about.get("seed"),
+        "n_features": one.sae.n_features,
+        **scores,
+    }
+
+
+def best_of_each_rule(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The SAE of least error of every rule, in the order of the rules."""
+    rules = dict.fromkeys(one["rule"] for one in rows)
+    groups = ([one for one in rows if one["rule"] == rule] for rule in rules)
+    return [min(group, key=_error)["name"] for group in groups]
+
+
+def _error(one: Mapping[str, Any]) -> float:
+    return one["nmse"] if math.isfinite(one["nmse"]) else math.inf

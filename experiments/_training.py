@@ -8,16 +8,23 @@ import hashlib
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 
 from sae_jax import rules
 from sae_jax.activations import FromShards, Harvester, OnTheFly, Shards
-from sae_jax.config import Data, Dictionary, Evaluating, ModelConfig, TextConfig
-from sae_jax.evaluation import Evaluation
+from sae_jax.config import (
+    Data,
+    Dictionary,
+    Evaluating,
+    ModelConfig,
+    Reporting,
+    TextConfig,
+)
+from sae_jax.evaluation import Evaluation, Evaluator
 from sae_jax.model import SAE
 from sae_jax.run.folder import folder_fault
 from sae_jax.run.in_folder import train_in_folder
@@ -41,7 +48,9 @@ class Wanted(NamedTuple):
 
 @dataclass
 class Config(ModelConfig, TextConfig):
-    """Settings of every such experiment."""
+    """Settings of every such experiment; those of `beside` change no SAE."""
+
+    beside: ClassVar[tuple[str, ...]] = ("out", "wandb", "report")
 
     out: Annotated[str, "the run's folder; the same command goes on with it"] = ""
     rule_files: Annotated[
@@ -55,6 +64,7 @@ class Config(ModelConfig, TextConfig):
     train: Recipe = Recipe()
     every: Every = EVERY
     evaluation: Evaluating = Evaluating()
+    report: Reporting = Reporting()
 
     def wanted(self) -> list[Wanted]:
         """The SAEs to train."""
@@ -65,7 +75,7 @@ class Config(ModelConfig, TextConfig):
         values = to_dict(self)
         files = [Path(file).read_bytes() for file in self.rule_files]
         values["rule_files"] = [hashlib.sha256(file).hexdigest() for file in files]
-        return {name: values[name] for name in values if name not in ("out", "wandb")}
+        return {n: value for n, value in values.items() if n not in self.beside}
 
     def read_sites(self) -> tuple[str, ...]:
         """All sites that are read."""
@@ -204,26 +214,9 @@ class Result:
     """What a run gives: the SAEs, and what their last evaluation found."""
 
     trained: dict[str, TrainedSAE]
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row for each SAE, as tables and figures take them."""
-        rows = []
-        for name, one in self.trained.items():
-            bound = one.sae.bound
-            rows.append(
-                {
-                    "name": name,
-                    "rule": bound.rule.name,
-                    "spec": bound.spec,
-                    "knob": bound.hp[bound.rule.knob],
-                    "site": one.about["site"],
-                    "seed": one.about["seed"],
-                    "n_features": one.sae.n_features,
-                    **self.evaluations[name].scores,
-                }
-            )
-        return rows
+    evaluations: dict[str, Evaluation]
+    evaluator: Evaluator
+    tokenizer: Any
 
 
 def run_training(config: Config, stop: Stop) -> Result:
@@ -267,4 +260,4 @@ def run_training(config: Config, stop: Stop) -> Result:
         },
         wandb=config.wandb,
     )
-    return Result(trained, evaluations)
+    return Result(trained, evaluations, evaluator, tokenizer)

@@ -19,6 +19,8 @@ Offline:  python launch.py --experiment=top_afa_gpt2 --lm=embedded --dataset=emb
           --sites=resid_pre.2 --config.train.steps=1000 --config.data.batch=512
           --config.data.buffer=16384 --ks=128,512 --coefs=1/64,1/32
           (six SAEs, under four minutes on 2 CPU cores)
+Leaves:   out/report.html, comparison.txt (tables, tests, what holds of the paper's
+          claims), comparison.csv, results.csv, figures, and the SAEs.
 Hardware: not run at full size yet. By --dry_run its 69 SAEs take 16 GB with their
           optimisers, and activations 14 GB; on less, take one site at a time.
 Expected: L0 of Top-AFA rises with the coefficient, and its best run is near the best of
@@ -27,17 +29,23 @@ Expected: L0 of Top-AFA rises with the coefficient, and its best run is near the
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, ClassVar
 
-from experiments._report import train_and_report
+from experiments._comparison import compare
+from experiments._report import Figure, report_on, rows_of, training_lines
 from experiments._training import Config as Training
-from experiments._training import Wanted
+from experiments._training import Wanted, run_training
 from sae_jax.config import Data, Dictionary
 from sae_jax.losses import AuxK
 from sae_jax.run.loop import Every
+from sae_jax.run.stop import Stop
 from sae_jax.training.recipe import Recipe
 
 WIDTH, FEATURES = 768, 12_288  # of the paper's runs
+FILES = "frontier_gpt2_layer*.csv"
+COMPARISON = "One site each; means over seeds, bars from the least to the largest."
+PAPER = "This run beside the points that the paper's authors recorded."
 
 
 @dataclass
@@ -70,6 +78,11 @@ class Config(Training):
         aux=AuxK(dead_after=5, detach=False),
     )
     every: Every = Every(log=100, evaluate=5000)
+    paper: Annotated[
+        str, "folder of the authors' frontier_gpt2_layer*.csv, to draw beside"
+    ] = ""
+    last: Annotated[int, "logged lines at the end that the paper's test takes"] = 100
+    beside: ClassVar[tuple[str, ...]] = (*Training.beside, "paper", "last")
 
     def wanted(self) -> list[Wanted]:
         """Both budgets with every k, Top-AFA with every coefficient, per site, seed."""
@@ -90,7 +103,34 @@ class Config(Training):
         """All sites that are read."""
         return self.sites
 
+    def conflicts(self) -> list[str]:
+        """What is asked for once nothing else is wrong."""
+        missing = self.paper and not list(Path(self.paper).expanduser().glob(FILES))
+        fault = [f"paper={self.paper!r} holds no {FILES}"] if missing else []
+        return fault + super().conflicts()
+
 
 def run(config: Config) -> None:
-    """Trains them all, or goes on training."""
-    train_and_report(config, title="Top-AFA, TopK and BatchTopK")
+    """Trains them all, or goes on training; compares, and reports."""
+    out = Path(config.out).expanduser()
+    paper = Path(config.paper).expanduser() if config.paper else None
+    with Stop() as stop:
+        result = run_training(config, stop)
+        text = compare(
+            rows_of(result),
+            training_lines(result),
+            out,
+            n_lines=config.last,
+            paper=paper,
+        )
+        print(f"\n{text}\n", flush=True)
+        figures = [Figure(out / "figures" / "comparison.png", COMPARISON)]
+        if paper:
+            figures.append(Figure(out / "figures" / "paper.png", PAPER))
+        report_on(
+            config,
+            result,
+            title="Top-AFA, TopK and BatchTopK",
+            figures=figures,
+            notes={"The comparison": text},
+        )

@@ -9,13 +9,13 @@ Differs from the paper beside size: a learning rate of 1e-3, and results are tho
 held-out files. A seed decides the start of an SAE; all see the same batches.
 
 Command:  python launch.py --experiment=top_afa_small
-Leaves:   out/report.html, results.csv, comparison.csv, figures, and the SAEs.
+          (--paper=DIR draws the authors' recorded points beside)
 """
 
 from dataclasses import dataclass, replace
 
 from experiments import top_afa_gpt2
-from experiments._report import train_and_report
+from experiments.top_afa_gpt2 import run as run
 from sae_jax.config import Data, Dictionary
 from sae_jax.run.loop import Every
 from sae_jax.training.recipe import Recipe
@@ -38,8 +38,4 @@ class Config(top_afa_gpt2.Config):
     data: Data = Data(batch=512, buffer=16_384)
     train: Recipe = replace(PAPER.train, steps=700, lr=1e-3)
     every: Every = Every(log=5, save=100)
-
-
-def run(config: Config) -> None:
-    """Trains them all, or goes on training."""
-    train_and_report(config, title="Top-AFA, TopK and BatchTopK, small")
+    last: int = 20  # the paper's 100 steps

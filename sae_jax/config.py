@@ -235,3 +235,16 @@ class Evaluating:
             self.contexts,
         )
         return Evaluator(lm, heldout, contexts_per_pass=per_pass)
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """What the report shows beside scores."""
+
+    browse: Annotated[
+        int, "SAEs whose features can be browsed, at most: the best of each rule"
+    ] = 3
+    steer: Annotated[int, "features of each of them that text is steered by"] = 3
+
+    def __post_init__(self) -> None:
+        checks.raise_all(checks.field_faults("", self))

@@ -13,6 +13,7 @@ import pytest
 import sae_jax
 from sae_jax import settings
 from sae_jax.activations import Shards
+from sae_jax.config import Reporting
 from sae_jax.run.log import read_lines
 from sae_jax.training.knob import Knob
 
@@ -84,8 +85,40 @@ def test_an_experiment_leaves_all_that_it_promises(name, tmp_path, capsys):
         3,
         6,
     ]
-    for figure in ("curves", "frontier", "zf", "density"):
+    page = (tmp_path / "report.html").read_text()
+    for part in ("ZF plot", "Features", "Steered generation", "How it was made"):
+        assert f">{part}</h2>" in page
+    for figure in ("curves", "frontier", "zf", "violins", "density"):
         assert (tmp_path / "figures" / f"{figure}.png").stat().st_size > 5000
+
+
+def test_the_papers_comparison_is_written_beside_the_report(tmp_path, capsys):
+    small = importlib.import_module("experiments.top_afa_small")
+    more = {"sites": "resid_pre.1", "ks": "512,1024", "coefs": "1/32", "seeds": "0,1"}
+    given = {**TINY, **more, "config.sae.n_features": "64", "out": str(tmp_path)}
+    config, faults = settings.build(small.Config(), given)
+    assert faults == []
+    small.run(dataclasses.replace(config, report=Reporting(browse=0)))
+    text = (tmp_path / "comparison.txt").read_text()
+    assert text in capsys.readouterr().out
+    for part in (
+        "top_afa: L0, NMSE",
+        "topk | batch_topk",
+        "Over seeds",
+        "What the paper says",
+    ):
+        assert part.lower() in text.lower(), part
+    with (tmp_path / "comparison.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 5  # settings, of two seeds each
+    assert (tmp_path / "figures" / "comparison.png").stat().st_size > 5000
+    page = (tmp_path / "report.html").read_text()
+    assert ">The comparison</h2>" in page
+    # Settings that change no SAE may be others when the folder is used again.
+    again = dataclasses.replace(config, last=3, report=Reporting(browse=1, steer=0))
+    assert again.conflicts() == []
+    assert "paper='/no' holds no" in str(
+        dataclasses.replace(config, paper="/no").conflicts()
+    )
 
 
 def test_a_finished_run_is_shown_again_and_trains_no_more(tmp_path, capsys):

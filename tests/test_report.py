@@ -1,25 +1,21 @@
 """The report: what a reader is shown is what was measured."""
 
-import base64
 import csv
 import io
 import math
-import re
-from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from sae_jax.evaluation import Evaluation
 from sae_jax.report import (
     csv_text,
     curves,
     density,
     frontier,
     table,
-    write_page,
     zf,
 )
 from sae_jax.report.drawing import COLOURS
@@ -39,7 +35,7 @@ MEASURED = {
     "seed": 0,
     "l0": 31.96,
     "nmse": 0.12345,
-    "explained_variance": 0.8,
+    "kl_spliced": 0.8,
     "loss_recovered": 0.98765,
     "dead": 12.0,
     "n_features": 768,
@@ -57,7 +53,8 @@ def evaluation(z, f, n_features=8, active=None):
     with np.errstate(divide="ignore", invalid="ignore"):
         epsilon = np.abs(z**2 - f**2) / ((n_features - 1) * f**2)
     shares = np.full(n_features, 0.5) if active is None else np.asarray(active, float)
-    return SimpleNamespace(norm_z=z, norm_f=f, epsilon_lbo=epsilon, density=shares)
+    error = np.abs(z - f) / 10
+    return Evaluation({}, z, f, epsilon, error, shares)
 
 
 def realistic(n_rules=2, n_settings=2):
@@ -94,9 +91,9 @@ def texts(figure):
 def test_a_table_is_aligned_and_rounded():
     worse = row(name="other", l0=768.0, nmse=1.0, loss_recovered=-0.5, dead=768)
     assert table([MEASURED, worse]).splitlines() == [
-        "name             L0    NMSE  EV/row  loss recovered          dead  eps-LBO"
+        "name             L0    NMSE      KL  loss recovered          dead  eps-LBO"
         "  norm ratio",
-        "           features                               %      features   median"
+        "           features            nats               %      features   median"
         "      median",
         "-" * 86,
         "mine k=32      32.0  0.1235  0.8000            98.8     12 (1.6%)   1.2e-5"
@@ -387,108 +384,6 @@ def test_figures_are_small_and_the_same_data_give_the_same_bytes(tmp_path):
             assert picture.info == {}  # neither date nor version
             colours = np.unique(np.asarray(picture.convert("RGB")), axis=None)
             assert len(colours) > 20  # something was drawn
-
-
-# The page.
-
-
-class Tags(HTMLParser):
-    """Collects tags with their attributes, and the text of each kind of tag."""
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.text, self.open = [], {}, []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open:
-            self.text.setdefault(self.open[-1], []).append(data)
-
-
-def page(path, **changes):
-    figure = path.with_name("figure.png")
-    figure.write_bytes(b"\x89PNG of a kind")
-    given = {
-        "title": "A run",
-        "summary": "First.\n\nSecond.",
-        "rows": [MEASURED],
-        "figures": [(figure, "What it shows")],
-        "config": {"steps": 3, "rules": ["a", "b"]},
-        "about": {"jax": "0.10.2"},
-    }
-    write_page(path, **{**given, **changes})
-    tags = Tags()
-    tags.feed(path.read_text(encoding="utf-8"))
-    assert tags.open == []
-    return tags
-
-
-def test_a_page_has_results_figures_and_settings(tmp_path):
-    found = page(tmp_path / "report.html")
-    assert found.text["h1"] == found.text["title"] == ["A run"]
-    assert found.text["p"] == ["First.", "Second."]
-    shown = ["32.0", "0.1235", "0.8000", "98.8", "12 (1.6%)", "1.2e-5", "1.062"]
-    assert found.text["td"] == [*shown, "3", '["a", "b"]', "0.10.2"]
-    assert len(found.text["dt"]) == len(found.text["dd"]) == len(shown)
-    assert found.text["figcaption"] == ["What it shows"]
-    (image,) = (attrs for tag, attrs in found.tags if tag == "img")
-    kind, data = image["src"].split(",")
-    assert kind == "data:image/png;base64"
-    assert base64.b64decode(data) == b"\x89PNG of a kind"
-    assert sum(tag == "details" for tag, _ in found.tags) == 2
-
-
-def test_a_page_needs_nothing_but_itself(tmp_path):
-    found = page(tmp_path / "report.html")
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in found.tags}
-    for tag, attrs in found.tags:
-        for name in ("src", "href", "srcset"):
-            assert attrs.get(name, "data:").startswith("data:"), (tag, attrs)
-    text = (tmp_path / "report.html").read_text()
-    assert "http" not in text
-    assert not re.search(r"url\(|@import", text)
-    assert "color-scheme: light dark" in text  # the browser's colours follow the reader
-
-
-def test_what_comes_from_data_is_escaped_everywhere(tmp_path):
-    bad = "<script>alert('x')</script>\"&"
-    figure = tmp_path / "figure.png"
-    found = page(
-        tmp_path / "report.html",
-        title=bad,
-        summary=bad,
-        rows=[row(name=bad)],
-        figures=[(figure, bad)],
-        config={bad: bad},
-        about={bad: {bad: bad}},
-    )
-    assert "script" not in {tag for tag, _ in found.tags}
-    assert "<script" not in (tmp_path / "report.html").read_text()
-    for tag in ("title", "h1", "p", "figcaption"):
-        assert found.text[tag] == [bad]
-    assert found.text["th"].count(bad) == 3
-    assert [attrs["alt"] for tag, attrs in found.tags if tag == "img"] == [bad]
-
-
-def test_a_page_is_there_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "report.html"
-    page(path)
-    before = path.read_text()
-    with pytest.raises(FileNotFoundError):
-        page(path, figures=[(tmp_path / "absent.png", "")], title="Another")
-    with pytest.raises(UnicodeEncodeError):  # half way through writing
-        page(path, title="\ud800")
-    assert path.read_text() == before
-    page(path, title="Another")
-    assert "Another" in path.read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["figure.png", "report.html"]
 
 
 def test_texts_that_would_lie_on_another_are_hidden():

@@ -64,7 +64,7 @@ def test_what_the_figures_draw():
     for line, layer in zip(drawn, layers.values(), strict=True):
         assert sorted(line.get_xdata()) == sorted(layer.norm_z)
         assert sorted(line.get_ydata()) == sorted(layer.norm_f)
-    left, right = violins_figure(layers).axes
+    left, right = violins_figure(layers, "layer").axes
     for axes, score in ((left, "epsilon_lbo"), (right, "nmse")):
         bars = [c for c in axes.collections if hasattr(c, "get_segments")]
         heights = [bar.get_segments()[0][0][1] for bar in bars]

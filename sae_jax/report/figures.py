@@ -7,43 +7,22 @@ import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from sae_jax.evaluation.measures import Evaluation, density_histogram
 from sae_jax.report import drawing
 from sae_jax.report.drawing import COLOURS, DASHES, MARKERS, Lines
 
 BANDS = (0.25, 0.5, 1.0)  # of the ZF plot, as eps (F - 1)
 MOST_KNOBS = 12  # above, the frontier's points stand without their knobs
 MOST_POINTS = 1500  # in a panel of the ZF plot
-
-
-@runtime_checkable
-class Evaluation(Protocol):
-    """What the figures read of an evaluation."""
-
-    @property
-    def norm_z(self) -> Float[np.ndarray, " R"]:
-        """Norm of each row."""
-
-    @property
-    def norm_f(self) -> Float[np.ndarray, " R"]:
-        """Norm of its code."""
-
-    @property
-    def epsilon_lbo(self) -> Float[np.ndarray, " R"]:
-        """The least eps that allows the two."""
-
-    @property
-    def density(self) -> Float[np.ndarray, " F"]:
-        """Share of rows on which each feature is active."""
 
 
 def curves(history: Mapping[str, Lines], path: Path) -> None:
@@ -115,7 +94,7 @@ def frontier_figure(rows: Lines) -> Figure:
         label += [f"F = {size:,}"] if len({n for _, n in places}) > 1 else []
         handles.append(Line2D([], [], label=", ".join(map(str, label)), **style))
         for axes, score in zip(panels, ("nmse", "loss_recovered"), strict=True):
-            _draw_settings(axes, members, score, style, knobs=few)
+            draw_settings(axes, members, score, style, knobs=few)
     for axes, score in zip(panels, ("nmse", "loss_recovered"), strict=True):
         drawing.score_axis(axes, "x", "l0")
         drawing.score_axis(axes, "y", score)
@@ -127,7 +106,7 @@ def frontier_figure(rows: Lines) -> Figure:
     return figure
 
 
-def _draw_settings(
+def draw_settings(
     axes: Axes, rows: Lines, score: str, style: Mapping[str, Any], *, knobs: bool
 ) -> None:
     """Draws one line of the frontier, and beside its points the knob if so wished."""
@@ -214,7 +193,7 @@ def _draw_norms(axes: Axes, evaluation: Evaluation, colour: str) -> None:
 
 
 def draw_bands(axes: Axes, limit: float) -> None:
-    """The diagonal of a ZF plot, and what eps allows around it."""
+    """The diagonal of a ZF plot, and what eps allows around it (`norm_interval`)."""
     ends = np.array([0.0, limit])
     for c in reversed(BANDS):
         low = ends / np.sqrt(1 + c)
@@ -243,17 +222,12 @@ def density_figure(evaluations: Mapping[str, Evaluation]) -> Figure:
     """
     figure, (axes,) = drawing.new_figure(1, 1)
     styles = drawing.line_styles(evaluations)
-    alive = {name: e.density[e.density > 0] for name, e in evaluations.items()}
-    dead = {name: int(np.sum(e.density == 0)) for name, e in evaluations.items()}
-    # From the rarest feature, but one decade at least, to those that are always on.
-    least = min([0.1, *(shares.min() for shares in alive.values() if shares.size)])
-    edges = np.arange(math.floor(4 * math.log10(least)), 1) / 4  # four to the decade
-    for name, shares in alive.items():
-        if shares.size:
-            counts, _ = np.histogram(np.log10(shares), edges)
-            axes.stairs(
-                counts / len(evaluations[name].density), 10**edges, **styles[name]
-            )
+    edges, counts, dead = density_histogram([e.density for e in evaluations.values()])
+    of = dict(zip(evaluations, zip(counts, dead, strict=True), strict=True))
+    for name, (binned, _) in of.items():
+        shares = binned / len(evaluations[name].density)
+        if binned.any():
+            axes.stairs(shares, 10**edges, **styles[name])
     axes.set(
         xscale="log",
         xlabel="share of rows on which a feature is active",
@@ -263,7 +237,7 @@ def density_figure(evaluations: Mapping[str, Evaluation]) -> Figure:
     drawing.say_if_empty(axes)
 
     def note(names: list[str]) -> str:
-        low, high = min(dead[n] for n in names), max(dead[n] for n in names)
+        low, high = min(of[n][1] for n in names), max(of[n][1] for n in names)
         return f" ({low} dead)" if low == high else f" ({low} to {high} dead)"
 
     drawing.legend_of_saes(figure, styles, note)

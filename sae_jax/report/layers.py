@@ -1,6 +1,7 @@
-"""Figures of one SAE per layer: the ZF plot of all layers, and half violins."""
+"""Figures of many SAEs at once: the ZF plot of all layers, and half violins."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import matplotlib
@@ -12,11 +13,14 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from sae_jax.evaluation.measures import Evaluation
 from sae_jax.report import drawing
 from sae_jax.report.figures import MOST_POINTS, draw_bands, legend_of_bands
 
 PALETTE = matplotlib.colormaps["viridis"]
 CLIPPED = 0.99  # the authors' quantile: a few rows would squash the rest
+MOST_VIOLINS = 24
+SHORT = 4  # characters of a name that fits below its violin
 
 
 class Layer(NamedTuple):
@@ -26,6 +30,11 @@ class Layer(NamedTuple):
     norm_f: Float[np.ndarray, " R"]
     epsilon_lbo: Float[np.ndarray, " R"]
     nmse: Float[np.ndarray, " R"]
+
+
+def violins(evaluations: Mapping[str, Evaluation], each: str, path: Path) -> None:
+    """Writes `violins_figure`."""
+    drawing.save(violins_figure(evaluations, each), path)
 
 
 def layers_zf_figure(layers: Mapping[int, Layer]) -> Figure:
@@ -48,9 +57,19 @@ def layers_zf_figure(layers: Mapping[int, Layer]) -> Figure:
     return figure
 
 
-def violins_figure(layers: Mapping[int, Layer]) -> Figure:
-    """Each layer's distribution of eps-LBO (left half) and NMSE (right half)."""
-    figure, (left,) = drawing.new_figure(1, 1)
+def violins_figure(
+    found: Mapping[int, Layer] | Mapping[str, Evaluation], each: str
+) -> Figure:
+    """Distributions of eps-LBO (left half) and NMSE (right half), for `each` one.
+
+    Both are those of rows: the error of a row is divided by its own squared norm, as in
+    the authors' figures, so a median differs from the NMSE of all rows together. Beyond
+    `MOST_VIOLINS` they would be too thin to read; the first ones stay.
+    """
+    shown = {str(name): one for name, one in list(found.items())[:MOST_VIOLINS]}
+    longest = max(map(len, shown), default=0)
+    room = 0.05 * longest if longest > SHORT else 0
+    figure, (left,) = drawing.new_figure(1, 1, drawing.HEIGHT + room)
     right = left.twinx()
     right.tick_params(labelsize=8)
     right.spines["top"].set_visible(False)
@@ -61,8 +80,8 @@ def violins_figure(layers: Mapping[int, Layer]) -> Figure:
     for (axes, side, score, label), colour in zip(
         halves, drawing.COLOURS, strict=False
     ):
-        for number, layer in layers.items():
-            values = getattr(layer, score)
+        for number, one in enumerate(shown.values()):
+            values = getattr(one, score)
             values = values[np.isfinite(values)]
             if not len(values):
                 continue
@@ -74,10 +93,17 @@ def violins_figure(layers: Mapping[int, Layer]) -> Figure:
             parts["bodies"][0].set(facecolor=colour, alpha=0.6)
             start = number - 0.3 if side == "low" else number
             axes.hlines(median, start, start + 0.3, color=colour, lw=1.5)
-        axes.set_ylabel(f"{label} (rows up to the 99th percentile)", color=colour)
+        axes.set_ylabel(
+            f"{label} (rows up to the 99th percentile)", color=colour, fontsize=9
+        )
         axes.set_ylim(bottom=0)
         axes.grid(visible=False)
     left.yaxis.set_major_formatter(StrMethodFormatter("{x:.1e}"))
-    left.set_xlabel("layer; left half ε-LBO, right half NMSE, bars at the medians")
-    left.set_xticks(sorted(layers))
+    left.set_xlabel(f"{each}; left half ε-LBO, right half NMSE, bars at the medians")
+    left.set_xticks(range(len(shown)), list(shown))
+    if longest > SHORT:
+        left.tick_params("x", labelrotation=30)
+        for tick in left.get_xticklabels():
+            tick.set_horizontalalignment("right")
+    drawing.say_if_empty(left)
     return figure

@@ -1,47 +1,37 @@
-"""The page: results, figures, settings and versions of a run in one HTML file.
+"""The page: what a run found, how it was made, and its features, in one HTML file.
 
-The file needs nothing but itself: figures are embedded, there is no script, and nothing
-is fetched. What comes from data is escaped.
+The file needs nothing but itself: figures, data and script are embedded, and nothing is
+fetched. What comes from data is escaped. Without its script the page still has results,
+figures, steered texts and settings.
 """
 
 import base64
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from sae_jax.report.table import COLUMNS, Row
+from sae_jax.report.browser import Browser, Points, Steered, packed
+from sae_jax.report.scores import Row
+from sae_jax.report.table import COLUMNS
 from sae_jax.whole_files import write_whole
 
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --faint: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 58rem; margin: auto;
-  padding: 1rem; }
-h1 { line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin-top: 2.5rem; break-after: avoid; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.875rem; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line);
-  vertical-align: top; text-align: left; }
-.results { width: 100%; font-variant-numeric: tabular-nums; }
-.results th + th, td { text-align: right; white-space: nowrap; }
-.results tbody tr:nth-child(odd) { background: var(--faint); }
-.results tbody th { font-weight: normal; min-width: 9rem; overflow-wrap: anywhere; }
-small { font-weight: normal; opacity: 0.75; }
-.record td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; }
-dl { font-size: 0.875rem; display: grid; grid-template-columns: max-content 1fr;
-  gap: 0.2rem 1rem; }
-dt { font-weight: bold; }
-dd { margin: 0; }
-figure { margin: 2rem 0; break-inside: avoid; }
-img { display: block; width: 100%; min-width: 36rem; max-width: 58rem;
-  background: white; border-radius: 6px; }
-figcaption { font-size: 0.875rem; margin-top: 0.5rem; }
-summary { cursor: pointer; font-weight: bold; margin: 1rem 0; }
-@media print { body { max-width: none; } .wide { overflow: visible; }
-  details::details-content { content-visibility: visible; } }
-"""
+ASSETS = Path(__file__).with_name("assets")
+STYLE, ZF, BROWSER, *SCRIPTS = (
+    (ASSETS / name).read_text(encoding="utf-8").strip()
+    for name in "page.css zf.html browser.html page.js plots.js browser.js".split()
+)
+SCRIPT = "\n".join(SCRIPTS)
+# Nothing may be fetched, and no script run but the page's own.
+POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src "
+    f"'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
+)
+NONE: Mapping[str, Any] = {}
+SAFE = "!'()*"  # what JavaScript's encodeURIComponent leaves as well
 
 
 def write_page(
@@ -53,6 +43,10 @@ def write_page(
     figures: Sequence[tuple[Path, str]],
     config: Mapping[str, Any],
     about: Mapping[str, Any],
+    zf: Mapping[str, Points] = NONE,
+    browsers: Mapping[str, Browser] = NONE,
+    steered: Steered = NONE,
+    notes: Mapping[str, str] = NONE,
 ) -> None:
     """Writes the page whole or not at all.
 
@@ -60,10 +54,15 @@ def write_page(
         path: The HTML file.
         title: What the run was.
         summary: What it found; an empty line begins a paragraph.
-        rows: One per trained SAE, as `table` takes them.
+        rows: One per SAE, as `table` takes them; without any there is no table.
         figures: PNG files and their captions, in order.
         config: The settings of the run.
         about: Versions, machine, and whatever else made the results.
+        zf: Panels of the interactive ZF plot, by name.
+        browsers: Features to browse, by name of the SAE.
+        steered: Texts by name of the SAE and feature, each with a label, such as
+            ("prompt", ...), ("plain", ...), ("steered by 4", ...).
+        notes: Texts in columns, such as tables, by their headings.
     """
     paragraphs = [f"<p>{escape(text)}</p>" for text in summary.split("\n\n")]
     parts = [
@@ -71,17 +70,26 @@ def write_page(
         '<html lang="en">',
         '<head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         f"<title>{escape(title)}</title>",
         f"<style>{STYLE}</style></head>",
         f"<body><h1>{escape(title)}</h1>",
         *paragraphs,
-        "<h2>Results</h2>",
-        _results(rows),
+        _results(rows) if rows else "",
+        *(
+            f'<h2>{escape(heading)}</h2>\n<pre class="wide">{escape(text)}</pre>'
+            for heading, text in notes.items()
+        ),
+        ZF if zf else "",
         "<h2>Figures</h2>",
         *(_figure(file, caption) for file, caption in figures),
+        BROWSER if browsers else "",
+        *_steered(steered, browsers),
         "<h2>How it was made</h2>",
         _record("Settings", config),
         _record("Versions and machine", about),
+        *packed(browsers, zf),
+        f"<script>{SCRIPT}</script>",
         "</body></html>",
     ]
     write_whole(path, "\n".join(parts))
@@ -104,7 +112,7 @@ def _results(rows: Sequence[Row]) -> str:
         for column in COLUMNS
     )
     return (
-        '<div class="wide"><table class="results">\n'
+        '<h2>Results</h2>\n<div class="wide"><table class="results">\n'
         f'<thead><tr><th scope="col">name</th>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>\n<dl>\n{meanings}\n</dl>"
     )
@@ -117,6 +125,27 @@ def _figure(file: Path, caption: str) -> str:
         f'src="data:image/png;base64,{data}"></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
+
+
+def _steered(steered: Steered, browsers: Mapping[str, Browser]) -> Iterator[str]:
+    """The texts; a feature that can be browsed is a link to it."""
+    if steered:
+        yield "<h2>Steered generation</h2>"
+    for name, features in steered.items():
+        for feature, samples in features.items():
+            heading = escape(f"{name}, feature {feature}")
+            if name in browsers:
+                link = f"#{quote(name, safe=SAFE)}/feature/{feature}"
+                heading = f'<a href="{escape(link)}">{heading}</a>'
+            texts = "\n".join(
+                f'<p class="label">{escape(label)}</p>'
+                f'<p class="steered">{escape(text)}</p>'
+                for label, text in samples
+            )
+            yield (
+                f'<div class="sample" data-sae="{escape(name)}" '
+                f'data-feature="{feature}"><h3>{heading}</h3>\n{texts}</div>'
+            )
 
 
 def _record(heading: str, values: Mapping[str, Any]) -> str:

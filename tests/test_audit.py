@@ -1,0 +1,139 @@
+"""The audit of finished SAEs, end to end, and what it refuses."""
+
+import csv
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import audit
+from experiments._features import worth_steering
+from experiments._report import best_of_each_rule
+from sae_jax import SAE, coherence, settings
+from sae_jax.trained import TrainedSAE
+
+SITE = "resid_post.1"
+
+
+def saved(folder: Path, rule: str, *, seed: int = 0, site: str = SITE, **about) -> Path:
+    """An SAE that nobody trained."""
+    sae = SAE(d_in=192, n_features=256, rule=rule)
+    variables = sae.init(jax.random.key(seed))
+    known = {"site": site, "target": None, "seed": seed, "lm": "embedded"} | about
+    return TrainedSAE(sae, variables, known).save(folder)
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def configured(out: Path, *saes: Path, **changes) -> audit.Config:
+    config = audit.Config(sae=tuple(map(str, saes)), out=str(out), contexts=3)
+    report = dataclasses.replace(config.report, steer=1)
+    return dataclasses.replace(config, report=report, **changes)
+
+
+def test_an_audit_has_every_measure_and_a_report(tmp_path, capsys):
+    saes = [saved(tmp_path / f"a{n}", "topk(k=8)", seed=n) for n in (0, 1)]
+    saes.append(saved(tmp_path / "b", "top_afa", seed=2))
+    config = configured(tmp_path / "out", *saes)
+    assert list(config.faults()) == []
+    audit.run(config)
+    said = capsys.readouterr().out
+    scores = (tmp_path / "out" / "scores.txt").read_text()
+    assert scores in said
+    lines = {line[:30].strip(): line for line in scores.splitlines()}
+    assert lines["L0, features"].split()[-3:-1] == ["8.0", "8.0"]
+    exact = coherence.exact(audit.opened(config.sae)["b"].variables.params["W_dec"])
+    assert lines["coherence, maximum"].split()[-1] == f"{exact.maximum:.4f}"
+    for name in ("KL, nats", "loss recovered, %", "L1", "description length, bits"):
+        assert np.isfinite([number(v) for v in lines[name].split()[-3:]]).all()
+    # Every ordered pair at one site; random directions agree a little.
+    pairs = re.findall(r"(\w+) in (\w+): mean (0\.\d+)", scores)
+    assert len(pairs) == 6
+    assert all(0.1 < float(mean) < 0.5 for _, _, mean in pairs)
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["a0", "a1", "b"]
+    assert float(rows[2]["coherence_maximum"]) == exact.maximum
+    page = (tmp_path / "out" / "report.html").read_text()
+    for part in ("All scores", "Agreement of dictionaries", "Steered generation"):
+        assert part in page
+    for figure in ("zf", "violins", "density"):
+        assert (tmp_path / "out" / "figures" / f"{figure}.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"sae": ()}, "sae is empty"),
+        ({"sae": ("/no/such",)}, "/no/such has no sae.json"),
+        ({"site": "resid_post.9"}, "needs a layer from 0 to 3"),
+        ({"site": "mlp_hidden.1"}, "is made for a width of 192, and mlp_hidden.1"),
+        ({"context": 1000}, "context=1000 is more than the 256 tokens"),
+        ({"dataset": "/no/such"}, "dataset: "),
+    ],
+)
+def test_what_does_not_fit_is_said_first(tmp_path, changes, fault):
+    config = configured(tmp_path / "out", saved(tmp_path / "a", "topk(k=8)"))
+    found = list(dataclasses.replace(config, **changes).faults())
+    assert any(fault in said for said in found), found
+
+
+def test_an_sae_without_a_site_needs_one(tmp_path):
+    folder = saved(tmp_path / "a", "topk(k=8)", site=None)
+    config = configured(tmp_path / "out", folder)
+    assert any("give --site" in fault for fault in config.faults())
+    assert list(dataclasses.replace(config, site=SITE).faults()) == []
+
+
+def test_another_model_is_refused_and_the_same_text_is_noted(tmp_path, capsys):
+    text = audit.Config(part="train").text()
+    other = saved(tmp_path / "a", "topk(k=8)", lm_weights="0123", text=text)
+    config = configured(tmp_path / "out", other, part="train")
+    with pytest.raises(ValueError, match="was trained on lm='embedded', whose weights"):
+        audit.run(config)
+    same = saved(tmp_path / "b", "topk(k=8)", text=text)
+    report = dataclasses.replace(config.report, browse=0)
+    audit.run(dataclasses.replace(config, sae=(str(same),), report=report))
+    assert "Note: b was trained on this text" in capsys.readouterr().out
+
+
+def test_names_tell_saes_apart(tmp_path):
+    folders = [saved(tmp_path / run / "topk", "topk(k=8)") for run in ("x", "y")]
+    assert [*audit.opened(tuple(map(str, folders)))] == ["x/topk", "y/topk"]
+    with pytest.raises(ValueError, match="names a folder twice"):
+        audit.opened((str(folders[0]), str(folders[0])))
+
+
+def test_settings_come_from_the_command_line(tmp_path):
+    folder = saved(tmp_path / "a", "topk(k=8)")
+    given = {"sae": str(folder), "config.report.steer": "0", "contexts": "2"}
+    config, faults = settings.build(audit.Config(), given)
+    assert faults == []
+    assert (config.sae, config.report.steer) == ((str(folder),), 0)
+
+
+def test_the_best_of_each_rule_is_one_that_did_not_diverge():
+    rows = [
+        {"name": name, "rule": name[0], "nmse": nmse}
+        for name, nmse in (
+            *(("a1", float("nan")), ("a2", 0.5), ("a3", 0.4)),
+            *(("b1", 0.3), ("b2", float("nan")), ("c1", float("nan"))),
+        )
+    ]
+    assert best_of_each_rule(rows) == ["a3", "b1", "c1"]
+
+
+def test_features_worth_steering_are_neither_rare_nor_everywhere():
+    class Found:
+        density = np.array([0.5, 0.05, 0.01, 0.02, 0.001])
+        strength = np.array([9.0, 1.0, 2.0, 3.0, 8.0])
+
+        class firings:
+            use = np.ones((10, 100), bool)
+
+    assert worth_steering(Found()) == [3, 2, 1]
