@@ -40,7 +40,7 @@ def examples():
 
 
 def test_the_examples_run_and_do_what_they_say(capsys):
-    trained, stepped, read, ruled = examples()
+    trained, stepped, read, audited, ruled = examples()
     assert "'nmse'" in capsys.readouterr().out
     assert trained["sae"].history[-1]["nmse"] < 0.2
     assert trained["x_hat"].shape == (4096, 64)
@@ -50,6 +50,9 @@ def test_the_examples_run_and_do_what_they_say(capsys):
     assert read["plain"].losses.mean() < read["without"].losses.mean()
     assert read["gradients"]["resid_post.2"].any()
     assert read["read"].history[-1]["nmse"] < 0.6
+    assert audited["evaluation"].scores["loss_recovered"] > 0.5
+    assert audited["features"].highest[audited["loudest"]] > 0
+    assert audited["new"].shape == (1, 16)
     mine, x = ruled["mine"], ruled["activations"]
     active = mine.encode(mine.init(jax.random.key(0)), x)
     assert (active.max(1) > 0).mean() > 0.98
