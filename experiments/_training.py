@@ -197,7 +197,7 @@ class Config(ModelConfig, TextConfig):
             f"one gradient, three arrays [{batch}, {widest}])",
             "memory for activations": f"{4 * buffers / 1e9:.2g} GB",
             "memory for the language model": f"{4 * model / 1e9:.2g} GB",
-            "memory for evaluation": f"about {12 * passed * wide / 1e9:.2g} GB (three "
+            "memory for evaluation": f"about {16 * passed * wide / 1e9:.2g} GB (four "
             f"arrays [{passed}, {wide}]: codes, or logits)",
             "disk": f"{4 * total * (3 * self.every.keep + 1) / 1e9:.2g} GB "
             f"({self.every.keep} checkpoints and the SAEs)",

@@ -10,18 +10,8 @@ import pytest
 from sae_jax.report.browser import Points
 from sae_jax.report.page import write_page
 from sae_jax.report.table import COLUMNS
+from tests.test_report import MEASURED
 
-MEASURED = {
-    "name": "mine k=32",
-    "l0": 31.96,
-    "nmse": 0.12345,
-    "kl_spliced": 0.8,
-    "loss_recovered": 0.98765,
-    "dead": 12.0,
-    "n_features": 768,
-    "epsilon_lbo": 1.23e-5,
-    "norm_ratio": 1.0625,
-}
 BAD = "<script>alert('x')</script>\"&"
 
 
@@ -154,3 +144,14 @@ def test_a_page_is_there_whole_or_not_at_all(tmp_path):
     page(path, title="Another")
     assert "Another" in path.read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figure.png", "report.html"]
+
+
+def test_notes_stand_in_columns_and_without_rows_there_is_no_table(tmp_path):
+    table = f"layer  median\n    1     0.5 {BAD}"
+    tags = page(tmp_path / "a.html", notes={"Medians": table}, rows=[])
+    assert tags.text["pre"] == [table]
+    assert "Medians" in tags.text["h2"]
+    assert "Results" not in tags.text["h2"]
+    tags = page(tmp_path / "b.html")
+    assert "Results" in tags.text["h2"]
+    assert "pre" not in tags.text
