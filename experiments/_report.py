@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from experiments._features import features
 from experiments._training import Config, Result, run_training
 from sae_jax import report
-from sae_jax.config import Reporting
 from sae_jax.evaluation import Evaluation, Evaluator
 from sae_jax.run.folder import ENVIRONMENT
 from sae_jax.run.log import read_lines
@@ -75,7 +74,8 @@ def report_on(
         result.evaluations,
         result.evaluator,
         result.tokenizer,
-        config.report,
+        browse=one_of_each_rule(rows)[: config.report.browse],
+        n_steered=config.report.steer,
         title=title,
         made=f"{len(rows)} SAEs, trained on the same {tokens:,} tokens and evaluated",
         about=f"Language model: {config.lm}. Text: {config.dataset}.",
@@ -96,8 +96,9 @@ def write_report(
     evaluations: Mapping[str, Evaluation],
     evaluator: Evaluator,
     tokenizer: Any,
-    reporting: Reporting,
     *,
+    browse: Sequence[str],
+    n_steered: int,
     title: str,
     made: str,
     about: str,
@@ -106,7 +107,7 @@ def write_report(
     settings: dict[str, Any],
     environment: dict[str, Any],
 ) -> None:
-    """Prints the table; writes results, figures and the page, and says where."""
+    """Writes results, figures and the page, in which some can be browsed."""
     rows = [row(name, one, evaluations[name].scores) for name, one in saes.items()]
     folder = out / "figures"
     folder.mkdir(exist_ok=True, parents=True)
@@ -115,13 +116,12 @@ def write_report(
     report.violins(evaluations, "SAE", folder / "violins.png")
     report.density(evaluations, folder / "density.png")
     write_whole(out / "results.csv", report.csv_text(rows))
-    names = best_of_each_rule(rows)[: reporting.browse]
-    print(f"Looking into the features of {', '.join(names) or 'none'} ...", flush=True)
+    print(f"Looking into the features of {', '.join(browse) or 'none'} ...", flush=True)
     shown = features(
-        {name: saes[name] for name in names},
+        {name: saes[name] for name in browse},
         evaluator,
         tokenizer,
-        n_steered=reporting.steer,
+        n_steered=n_steered,
     )
     held_out = int(evaluator.heldout.use.sum())
     report.write_page(
@@ -174,12 +174,12 @@ def row(name: str, one: TrainedSAE, scores: Mapping[str, float]) -> dict[str, An
     }
 
 
-def best_of_each_rule(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The SAE of least error of every rule, in the order of the rules."""
-    rules = dict.fromkeys(one["rule"] for one in rows)
-    groups = ([one for one in rows if one["rule"] == rule] for rule in rules)
-    return [min(group, key=_error)["name"] for group in groups]
+def one_of_each_rule(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The SAE of every rule that activates most nearly as it should.
 
-
-def _error(one: Mapping[str, Any]) -> float:
-    return one["nmse"] if math.isfinite(one["nmse"]) else math.inf
+    By epsilon-LBO. By error it would mostly be the one of the most active features.
+    """
+    whole = [one for one in rows if math.isfinite(one["nmse"])]
+    rules = dict.fromkeys(one["rule"] for one in whole)
+    groups = ([one for one in whole if one["rule"] == rule] for rule in rules)
+    return [min(group, key=lambda one: one["epsilon_lbo"])["name"] for group in groups]

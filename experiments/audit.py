@@ -14,11 +14,14 @@ Note:     the text should be none that the SAE was trained on. Of the embedded t
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
+
+import numpy as np
 
 from experiments._report import row, write_report
 from sae_jax import coherence, report
@@ -30,8 +33,8 @@ from sae_jax.text.documents import Part
 from sae_jax.trained import TrainedSAE, load
 from sae_jax.whole_files import write_whole
 
-PAIRS = 2_000_000  # that coherence reads of a large dictionary, about
-ALL_PAIRS_UP_TO = 16_384  # features; a second or two
+ALL_PAIRS_UP_TO = 65_536  # features, in about a minute at width 768
+PAIRS = 2_000_000  # of larger ones; they miss the maximum, so none is given
 
 
 @dataclass
@@ -119,11 +122,13 @@ def run(config: Config) -> None:
         found = evaluator(one.sae, one.variables, site, target_site=target)
         scores = found.scores | coherence_scores(one)
         evaluations[name] = found._replace(scores=scores)
+    # Of one that diverged there is nothing to look into.
+    whole = [n for n, e in evaluations.items() if math.isfinite(e.scores["nmse"])]
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     rows = [row(name, one, evaluations[name].scores) for name, one in known.items()]
     notes = {"All scores": report.scores_text(rows)}
-    if agreeing := agreements(known):
+    if agreeing := agreements({name: known[name] for name in whole}):
         notes["Agreement of dictionaries"] = agreeing
     text = "\n\n".join(notes.values())
     write_whole(out / "scores.txt", text + "\n")
@@ -134,7 +139,8 @@ def run(config: Config) -> None:
         evaluations,
         evaluator,
         tokenizer,
-        config.report,
+        browse=whole[: config.report.browse],
+        n_steered=config.report.steer,
         title=f"Audit of {', '.join(known)}",
         made="Measured",
         about=f"Language model: {config.lm}. Text: {config.dataset}.",
@@ -152,16 +158,23 @@ def text_of(one: TrainedSAE) -> dict[str, Any] | None:
 
 def coherence_scores(one: TrainedSAE) -> dict[str, float]:
     """How near to orthogonal the decoder's directions are."""
-    W_dec = one.sae.weights(one.variables).W_dec
-    if one.sae.n_features <= ALL_PAIRS_UP_TO:
+    W_dec, scores = directions(one), {}
+    if len(W_dec) < 2:
+        return {}
+    if len(W_dec) <= ALL_PAIRS_UP_TO:
         found = coherence.exact(W_dec, quantiles=(0.99,))
+        scores["coherence_maximum"] = found.maximum
     else:
         found = coherence.sampled(W_dec, n_pairs=PAIRS, seed=0, quantiles=(0.99,))
-    return {
-        "coherence_maximum": found.maximum,
-        "coherence_mean": found.mean,
-        "coherence_99": found.quantiles[0.99],
-    }
+    scores |= {"coherence_mean": found.mean, "coherence_99": found.quantiles[0.99]}
+    return scores
+
+
+def directions(one: TrainedSAE) -> np.ndarray:
+    """The decoder rows that have a direction: those of zeros and NaN have none."""
+    W_dec = np.asarray(one.sae.weights(one.variables).W_dec)
+    norms = np.linalg.norm(W_dec, axis=1)
+    return W_dec[np.isfinite(norms) & (norms > 0)]
 
 
 def agreements(saes: Mapping[str, TrainedSAE]) -> str:
@@ -172,10 +185,7 @@ def agreements(saes: Mapping[str, TrainedSAE]) -> str:
     pairs = [(a, b) for a, b in itertools.permutations(saes, 2) if aims[a] == aims[b]]
     lines = ["Of the directions of the first, the largest cosine with the second's:"]
     for a, b in pairs:
-        decoders = (
-            saes[name].sae.weights(saes[name].variables).W_dec for name in (a, b)
-        )
-        found = agreement.best_matches(*decoders)
+        found = agreement.best_matches(directions(saes[a]), directions(saes[b]))
         above = found.shares_above()
         shares = ", ".join(f"{share:.1%} above {t}" for t, share in above.items())
         lines.append(f"{a} in {b}: mean {found.mean():.3f}, {shares}")

@@ -141,7 +141,7 @@ def medians(layers: dict[int, Layer]) -> list[dict[str, float]]:
             "layer": number,
             "rows": len(layer.norm_z),
             "epsilon_lbo": float(np.median(layer.epsilon_lbo)),
-            "nmse": float(np.median(layer.nmse)),
+            "nmse": float(np.median(layer.relative_error)),
             "norm_ratio": float(np.median(layer.norm_f / layer.norm_z)),
         }
         for number, layer in layers.items()

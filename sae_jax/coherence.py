@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from sae_jax import checks
 
@@ -56,8 +56,8 @@ class Coherence(NamedTuple):
 class Neighbours(NamedTuple):
     """The nearest features of each, nearest first."""
 
-    indices: Int[np.ndarray, "F N"]
-    cosines: Float[np.ndarray, "F N"]
+    indices: Int32[np.ndarray, "F N"]
+    cosines: Float32[np.ndarray, "F N"]
 
 
 def exact(
@@ -138,24 +138,25 @@ def nearest(
     """The `n` other features with the largest |cos|, and their signed cosines.
 
     A cosine near 1 is a duplicate, one near -1 an opposite. A row of zeros is nobody's
-    neighbour; its own are -1, with cosines NaN.
+    neighbour. Where there are no more others, the index is -1 and the cosine NaN.
     """
-    unit, kept = _directions(W_dec)
-    if not 1 <= n < len(kept):
-        raise ValueError(
-            f"n={n}; each of {len(kept)} rows that are not zero has 1 to "
-            f"{len(kept) - 1} others: ask for as many."
-        )
+    if n < 1:
+        raise ValueError(f"n={n}; ask for one neighbour at least.")
+    indices = np.full((len(W_dec), n), -1, np.int32)
+    cosines = np.full((len(W_dec), n), np.nan, np.float32)
+    checks.rows("W_dec", W_dec, W_dec.shape[-1])
+    unit, kept = unit_rows(W_dec)
+    n = min(n, len(kept) - 1)
+    if n < 1:
+        return Neighbours(indices, cosines)
     block, unit = _in_blocks(unit, block)
-    indices = np.full((len(W_dec), n), -1)
-    cosines = np.full((len(W_dec), n), np.nan)
     for top in range(0, len(kept), block):
         found = jnp.full((block, n), -1), jnp.zeros((block, n), unit.dtype)
         for left in range(0, len(kept), block):
             found = _nearer(unit, top, left, *found, block=block)
         rows = kept[top : top + block]
-        indices[rows] = kept[np.asarray(found[0])[: len(rows)]]
-        cosines[rows] = np.asarray(found[1])[: len(rows)]
+        indices[rows, :n] = kept[np.asarray(found[0])[: len(rows)]]
+        cosines[rows, :n] = np.asarray(found[1])[: len(rows)]
     return Neighbours(indices, cosines)
 
 

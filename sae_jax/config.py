@@ -242,7 +242,8 @@ class Reporting:
     """What the report shows beside scores."""
 
     browse: Annotated[
-        int, "SAEs whose features can be browsed, at most: the best of each rule"
+        int,
+        "SAEs whose features can be browsed, at most: those of least eps-LBO",
     ] = 3
     steer: Annotated[int, "features of each of them that text is steered by"] = 3
 

@@ -59,7 +59,7 @@ def test_every_score_is_the_oracles(name):
     np.testing.assert_allclose(x_hats, x_hat, rtol=EXACT, atol=EXACT)
     np.testing.assert_allclose(found.norm_z, oracles.row_norms(z), rtol=EXACT)
     np.testing.assert_allclose(found.norm_f / found.norm_z, each["ratio"], rtol=EXACT)
-    np.testing.assert_allclose(found.nmse, each["nmse"], rtol=EXACT)
+    np.testing.assert_allclose(found.relative_error, each["nmse"], rtol=EXACT)
     # A difference of two norms that are nearly equal.
     np.testing.assert_allclose(found.epsilon_lbo, each["epsilon"], rtol=1e-9)
     np.testing.assert_array_equal(found.density, (codes != 0).mean(0))

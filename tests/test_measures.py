@@ -36,7 +36,7 @@ def test_two_rows_of_two_worked_by_hand():
     np.testing.assert_array_equal(found.norm_z, [4, 2])
     np.testing.assert_array_equal(found.norm_f, [2, 2])
     np.testing.assert_array_equal(found.epsilon_lbo, [1.5, 0])
-    np.testing.assert_array_equal(found.nmse, [0.25, 0])  # 4 / 16 and 0 / 4
+    np.testing.assert_array_equal(found.relative_error, [0.25, 0])  # 4 / 16 and 0 / 4
     np.testing.assert_array_equal(found.density, [0.5, 0.5, 0])
 
 
@@ -57,7 +57,7 @@ def test_norms_with_the_bias_and_without_worked_by_hand():
     assert found.scores["afa_error"] == 1 / 7  # of 0 and 2 / 7
     assert found.scores["l1"] == 4
     assert found.scores["relative_reconstruction_bias"] == 1
-    np.testing.assert_array_equal(found.nmse, [0, 0])
+    np.testing.assert_array_equal(found.relative_error, [0, 0])
 
 
 def test_the_bias_of_a_reconstruction_is_the_factor_that_it_lacks():
@@ -119,7 +119,7 @@ def test_an_sae_that_never_activates():
     assert (scores["over_activation"], scores["under_activation"]) == (0, 1)
     assert (scores["afa_error"], scores["dead"]) == (1, 6)
     assert math.isnan(scores["relative_reconstruction_bias"])  # 0 / 0
-    np.testing.assert_array_equal(found.nmse, 1)
+    np.testing.assert_array_equal(found.relative_error, 1)
 
 
 def test_a_random_sae_explains_less_than_the_mean_row():

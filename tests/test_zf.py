@@ -58,14 +58,14 @@ def test_what_the_figures_draw():
         )
         for n in (1, 2, 5)
     }
-    layers[5].nmse[0] = 1e6  # clipped, but part of the median
+    layers[5].relative_error[0] = 1e6  # clipped, but part of the median
     (axes, _) = layers_zf_figure(layers).axes
     drawn = [line for line in axes.lines if line.get_marker() == "."]
     for line, layer in zip(drawn, layers.values(), strict=True):
         assert sorted(line.get_xdata()) == sorted(layer.norm_z)
         assert sorted(line.get_ydata()) == sorted(layer.norm_f)
     left, right = violins_figure(layers, "layer").axes
-    for axes, score in ((left, "epsilon_lbo"), (right, "nmse")):
+    for axes, score in ((left, "epsilon_lbo"), (right, "relative_error")):
         bars = [c for c in axes.collections if hasattr(c, "get_segments")]
         heights = [bar.get_segments()[0][0][1] for bar in bars]
         expected = [np.median(getattr(layer, score)) for layer in layers.values()]

@@ -92,10 +92,9 @@ def catalogue(
         limit=limit,
     )
     active = activity(firings, seed=seed)
-    weights = sae.bound.call(sae.bound.rule.weights, variables.params, variables.state)
-    lengths = np.linalg.norm(np.asarray(weights.W_dec, np.float64), axis=1)
-    n_near = min(NEAREST, int((lengths > 0).sum()) - 1)
-    near = coherence.nearest(weights.W_dec, n=n_near)
+    W_dec = sae.weights(variables).W_dec
+    lengths = np.linalg.norm(np.asarray(W_dec, np.float64), axis=1)
+    near = coherence.nearest(W_dec, n=NEAREST)
     effects = direct_effects(
         lm,
         sae,
@@ -114,8 +113,8 @@ def catalogue(
         active.histogram,
         active.examples,
         GROUPS,
-        near.indices.astype(np.int32),
-        near.cosines.astype(np.float32),
+        near.indices,
+        near.cosines,
         *(effects or [None] * 4),
     )
 

@@ -13,7 +13,8 @@ file knows:
   sample size. A test over them says whether two curves lie apart where they end.
 
 There is no paired test. Batches that are the same for all seeds do not vary, so pairs
-would share the start of a seed alone, at the price of half the degrees of freedom.
+would share the start of a seed alone, at the price of half the degrees of freedom. Over
+steps, both runs see the same batches, which an unpaired test counts as noise of both.
 """
 
 import math
@@ -182,7 +183,8 @@ def at_l0(
     """NMSE at a wanted L0, on straight lines between the points in log-log axes.
 
     NaN outside of the points. Where the curve bends down, as it does towards many
-    features, the line lies below it: the true value is larger, if anything.
+    features, the line lies below it and the true value is larger, if anything; where it
+    bends up, as it can towards few, smaller.
     """
     usable = np.isfinite(l0) & np.isfinite(nmse) & (l0 > 0) & (nmse > 0)
     if not usable.any() or not wanted > 0:

@@ -68,8 +68,7 @@ def direct_effects(
         return None
     last = f"resid_post.{lm.n_layers - 1}"
     mean, factor = _typical(lm, sae, variables, site, last, heldout, contexts_per_pass)
-    weights = sae.bound.call(sae.bound.rule.weights, variables.params, variables.state)
-    W_dec = factor * np.asarray(weights.W_dec, np.float64)
+    W_dec = factor * np.asarray(sae.weights(variables).W_dec, np.float64)
     tokens = np.zeros((contexts_per_pass, heldout.tokens.shape[1]), np.int32)
     n_tokens = min(n_tokens, lm.config.vocab_size)
     shape = (sae.n_features, n_tokens)

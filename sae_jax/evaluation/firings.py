@@ -9,7 +9,6 @@ used position. They are kept feature by feature, 8 bytes each, and nothing as la
 rows times features is held but for the codes of one pass.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from scipy.sparse import csr_array
 
 from sae_jax import checks, codes
 from sae_jax.codes import Codes
-from sae_jax.evaluation.heldout import HeldOut
+from sae_jax.evaluation.heldout import HeldOut, require_target
 from sae_jax.lm.source import Source
 from sae_jax.model import SAE
 from sae_jax.quasi_orthogonality import scaled_norm
@@ -80,7 +79,8 @@ def record(
     `SAE.encode`: each row on its own, whatever shares a pass with it. More firings
     than `limit` are refused before they fill the memory.
     """
-    checks.raise_all(_faults(sae, heldout, target_site, contexts_per_pass))
+    checks.raise_all(heldout.faults(contexts_per_pass))
+    require_target(sae, target_site)
     aim = site if target_site is None else target_site
     counts, features, values, norms = [], [], [], []
     n_firings = 0
@@ -93,6 +93,8 @@ def record(
         checks.beside("target", target, sae.width_out, x, mask=used)
         active, *pair = _encode(sae, variables, x, target)
         count, which, value = _row_by_row(active, used)
+        if not np.isfinite(value).all():
+            raise ValueError(f"{sae!r} has codes that are not finite: it diverged.")
         counts.append(count)
         features.append(which)
         values.append(value)
@@ -162,23 +164,6 @@ def _turned(
         by_feature.indices.astype(np.int32, copy=False),
         by_feature.data,
     )
-
-
-def _faults(
-    sae: SAE, heldout: HeldOut, target_site: str | None, contexts_per_pass: int
-) -> Iterator[str]:
-    if contexts_per_pass < 1:
-        yield f"contexts_per_pass={contexts_per_pass} must be above 0."
-    if not heldout.use.any():
-        yield (
-            "No position of the held-out contexts is used: all are BOS, padding or "
-            "skipped. Read more of them, or lower the packing's skip."
-        )
-    if sae.is_transcoder != (target_site is not None):
-        yield (
-            f"target_site={target_site!r} with {sae!r}: a transcoder needs the site "
-            f"that it aims at, and an autoencoder takes none."
-        )
 
 
 def _too_many(n_firings: int, limit: int, done: int, n_contexts: int) -> str:

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sae_jax import checks
 from sae_jax.evaluation.gathering import Mean, Measurement
 from sae_jax.evaluation.measures import Evaluation, ratio
 from sae_jax.lm.edits import replace
@@ -83,6 +84,16 @@ class HeldOut(NamedTuple):
             np.stack([context.use for context in taken]),
         )
 
+    def faults(self, contexts_per_pass: int) -> Iterator[str]:
+        """Why nothing can be evaluated on these contexts."""
+        if contexts_per_pass < 1:
+            yield f"contexts_per_pass={contexts_per_pass} must be above 0."
+        if not self.use.any():
+            yield (
+                "No position of the held-out contexts is used: all are BOS, padding "
+                "or skipped. Read more of them, or lower the packing's skip."
+            )
+
     def passes(self, n: int) -> Iterator["HeldOut"]:
         """`n` contexts at a time; the last ones are joined by padding up to `n`."""
         missing = -len(self.tokens) % n
@@ -105,14 +116,9 @@ class Evaluator:
     """
 
     def __init__(self, lm: Source, heldout: HeldOut, *, contexts_per_pass: int = 16):
-        if contexts_per_pass < 1:
-            raise ValueError(f"contexts_per_pass={contexts_per_pass} must be above 0.")
-        if not heldout.use.any():
-            raise ValueError(
-                "No position of the held-out contexts is used: all are BOS, padding or "
-                "skipped. Read more of them, or lower the packing's skip."
-            )
+        checks.raise_all(heldout.faults(contexts_per_pass))
         self.lm, self.heldout = lm, heldout
+        self.contexts_per_pass = contexts_per_pass
         self._passes = list(heldout.passes(contexts_per_pass))
         self._baselines: dict[str, Baseline] = {}
 
@@ -128,11 +134,7 @@ class Evaluator:
 
         A transcoder reads `site`, and what it makes of it replaces `target_site`.
         """
-        if sae.is_transcoder != (target_site is not None):
-            raise ValueError(
-                f"target_site={target_site!r} with {sae!r}: a transcoder needs the "
-                f"site that it aims at, and an autoencoder takes none."
-            )
+        require_target(sae, target_site)
         aim = site if target_site is None else target_site
         baseline = self._baseline(aim)
         measurement = Measurement(sae, variables, baseline.mean)
@@ -200,6 +202,15 @@ class Evaluator:
 
     def _mean(self, total: float) -> float:
         return ratio(total, int(self.heldout.real[:, 1:].sum()))
+
+
+def require_target(sae: SAE, target_site: str | None) -> None:
+    """Refuses a transcoder without the site that it aims at, and the reverse."""
+    if sae.is_transcoder != (target_site is not None):
+        raise ValueError(
+            f"target_site={target_site!r} with {sae!r}: a transcoder needs the site "
+            f"that it aims at, and an autoencoder takes none."
+        )
 
 
 def _rows(value: Float[Array, "B T D"]) -> Float[Array, "BT D"]:

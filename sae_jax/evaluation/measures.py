@@ -22,11 +22,12 @@ m the mean of all rows, s_i = ||x_i - m||^2, and F features:
     afa_error           mean_i of | ||f_i|| - ||z_i|| | / ||z_i||
     epsilon_lbo         median_i of the function of that name
 
-A transcoder's target stands for x_i. Norms and l1 look at the treated space, the others
-at the activations' own units: z_i is the treated row. c_i is the code with the norms of
-its decoder rows, f_ij ||d_j||; f_i has ||b_dec|| as one entry more. So f_i goes with
-z_i as it is (the authors' evaluation), and c_i with z_i - b_dec, which the features
-alone have to make: the pair that Top-AFA matches.
+Rows of norm 0 have no part in what divides by it. A transcoder's target stands for
+x_i. Norms and l1 look at the treated space, the others at the activations' own units:
+z_i is the treated row. c_i is the code with the norms of its decoder rows, f_ij times
+||d_j||; f_i has ||b_dec|| as one entry more. So f_i goes with z_i as it is (the
+authors' evaluation), and c_i with z_i - b_dec, which the features alone have to make:
+the pair that Top-AFA matches.
 
 Others mean other things by these names. SAELens logs `explained_variance` as here and
 the mean of ratios as `explained_variance_legacy`, in training with the mean of each
@@ -71,8 +72,8 @@ class Evaluation(NamedTuple):
       norm_z: norm of each row in the treated space.
       norm_f: norm of its code, with decoder norms and bias.
       epsilon_lbo: the least eps that allows the two, infinite where norm_f is 0.
-      nmse: the squared error of each row over norm_z^2, both in the treated space; not
-        centred, as in the authors' figures.
+      relative_error: the squared error of each row over norm_z^2, both in the treated
+        space; not centred, as in the authors' figures, which call it normalised MSE.
       density: the share of rows on which each feature is active.
     """
 
@@ -80,7 +81,7 @@ class Evaluation(NamedTuple):
     norm_z: Float[np.ndarray, " R"]
     norm_f: Float[np.ndarray, " R"]
     epsilon_lbo: Float[np.ndarray, " R"]
-    nmse: Float[np.ndarray, " R"]
+    relative_error: Float[np.ndarray, " R"]
     density: Float[np.ndarray, " F"]
 
 
@@ -151,7 +152,9 @@ def evaluation(rows: PerRow, fired: Int[np.ndarray, " F"], width: int) -> Evalua
     with np.errstate(divide="ignore", invalid="ignore"):
         explained = np.where(rows.spread > 0, 1 - rows.error / rows.spread, np.nan)
         ratios, centred = f / z, rows.centred_f / rows.centred_z
-        afa_error, nmse = np.abs(f - z) / z, np.asarray(rows.error_z) / z**2
+        relative_error = np.asarray(rows.error_z) / z**2
+    # A row of zeros, as a dead layer makes them, has no ratio.
+    ratios, centred = ratios[z > 0], centred[rows.centred_z > 0]
     # 0 / 0 where row and code are both empty.
     epsilon = np.where(f == 0, np.inf, rows.epsilon_lbo)
     unexplained = ratio(error, float(rows.spread.sum()))
@@ -170,15 +173,15 @@ def evaluation(rows: PerRow, fired: Int[np.ndarray, " F"], width: int) -> Evalua
         ),
         "dead": (fired == 0).sum(),
         "dense": (density > DENSE).sum(),
-        "norm_ratio": np.median(ratios),
-        "norm_ratio_centred": np.median(centred),
+        "norm_ratio": np.median(ratios) if ratios.size else math.nan,
+        "norm_ratio_centred": np.median(centred) if centred.size else math.nan,
         "over_activation": (f > z).mean(),
         "under_activation": (f < z).mean(),
-        "afa_error": afa_error.mean(),
+        "afa_error": np.abs(ratios - 1).mean() if ratios.size else math.nan,
         "epsilon_lbo": np.median(epsilon),
     }
     scores = {name: float(value) for name, value in scores.items()}
-    return Evaluation(scores, z, f, epsilon, nmse, density)
+    return Evaluation(scores, z, f, epsilon, relative_error, density)
 
 
 class DensityHistogram(NamedTuple):

@@ -29,7 +29,7 @@ class Layer(NamedTuple):
     norm_z: Float[np.ndarray, " R"]
     norm_f: Float[np.ndarray, " R"]
     epsilon_lbo: Float[np.ndarray, " R"]
-    nmse: Float[np.ndarray, " R"]
+    relative_error: Float[np.ndarray, " R"]
 
 
 def violins(evaluations: Mapping[str, Evaluation], each: str, path: Path) -> None:
@@ -60,11 +60,11 @@ def layers_zf_figure(layers: Mapping[int, Layer]) -> Figure:
 def violins_figure(
     found: Mapping[int, Layer] | Mapping[str, Evaluation], each: str
 ) -> Figure:
-    """Distributions of eps-LBO (left half) and NMSE (right half), for `each` one.
+    """Distributions of eps-LBO (left half) and of the error (right), for `each` one.
 
     Both are those of rows: the error of a row is divided by its own squared norm, as in
-    the authors' figures, so a median differs from the NMSE of all rows together. Beyond
-    `MOST_VIOLINS` they would be too thin to read; the first ones stay.
+    the authors' figures, which call it normalised MSE. Beyond `MOST_VIOLINS` they would
+    be too thin to read; the first ones stay.
     """
     shown = {str(name): one for name, one in list(found.items())[:MOST_VIOLINS]}
     longest = max(map(len, shown), default=0)
@@ -75,7 +75,7 @@ def violins_figure(
     right.spines["top"].set_visible(False)
     halves: list[tuple[Axes, Literal["low", "high"], str, str]] = [
         (left, "low", "epsilon_lbo", "ε-LBO"),
-        (right, "high", "nmse", "NMSE"),
+        (right, "high", "relative_error", "squared error over squared norm"),
     ]
     for (axes, side, score, label), colour in zip(
         halves, drawing.COLOURS, strict=False
@@ -94,12 +94,12 @@ def violins_figure(
             start = number - 0.3 if side == "low" else number
             axes.hlines(median, start, start + 0.3, color=colour, lw=1.5)
         axes.set_ylabel(
-            f"{label} (rows up to the 99th percentile)", color=colour, fontsize=9
+            f"{label}\n(rows up to the 99th percentile)", color=colour, fontsize=9
         )
         axes.set_ylim(bottom=0)
         axes.grid(visible=False)
     left.yaxis.set_major_formatter(StrMethodFormatter("{x:.1e}"))
-    left.set_xlabel(f"{each}; left half ε-LBO, right half NMSE, bars at the medians")
+    left.set_xlabel(f"{each}; left half ε-LBO, right half error, bars at the medians")
     left.set_xticks(range(len(shown)), list(shown))
     if longest > SHORT:
         left.tick_params("x", labelrotation=30)

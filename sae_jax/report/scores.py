@@ -87,6 +87,7 @@ SCORES = {
         "What a row's code takes to write: L0 (7 + log2 of the dictionary's size).",
         _plain("description_length", ",.0f"),
     ),
+    "mse": Score("MSE", "", "Squared error per number of a row.", _plain("mse", ".4g")),
     "nmse": Score(
         "NMSE",
         "",
@@ -200,6 +201,12 @@ SCORES = {
         "Its loss with reconstructions in place of the rows.",
         _plain("loss_spliced", ".4f"),
     ),
+    "loss_zero": Score(
+        "loss, zeros", "nats", "With zeros instead.", _plain("loss_zero", ".4f")
+    ),
+    "loss_mean": Score(
+        "loss, mean row", "nats", "With the mean row.", _plain("loss_mean", ".4f")
+    ),
     "loss_recovered": Score(
         "loss recovered",
         "%",
@@ -219,6 +226,12 @@ SCORES = {
         "Divergence of the predictions of the next token, from the clean model to the "
         "spliced one.",
         _plain("kl_spliced", ".4f"),
+    ),
+    "kl_zero": Score(
+        "KL, zeros", "nats", "The same with zeros instead.", _plain("kl_zero", ".4f")
+    ),
+    "kl_mean": Score(
+        "KL, mean row", "nats", "And with the mean row.", _plain("kl_mean", ".4f")
     ),
 }
 

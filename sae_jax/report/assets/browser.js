@@ -169,9 +169,10 @@ function tokenList(title, places, amounts) {
 }
 
 function nearestList(features, cosines) {
-  return listed("Nearest features", Array.from(features, (feature, k) =>
-    [make("a", { href: nameOf(feature) }, String(feature)),
-      make("span", { class: "token" }, visible(tokenOf("strongest", feature))),
+  const known = [...features.keys()].filter(k => features[k] >= 0);
+  return listed("Nearest features", known.map(k =>
+    [make("a", { href: nameOf(features[k]) }, String(features[k])),
+      make("span", { class: "token" }, visible(tokenOf("strongest", features[k]))),
       number(cosines[k])]));
 }
 
