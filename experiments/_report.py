@@ -34,6 +34,7 @@ VIOLINS = (
 DENSITY = "How often features fire on held-out text."
 
 
+MOST_DRAWN = 16  # SAEs with a ZF plot and a violin; of more, one of each rule
 NO_NOTES: Mapping[str, str] = {}
 
 
@@ -111,9 +112,11 @@ def write_report(
     rows = [row(name, one, evaluations[name].scores) for name, one in saes.items()]
     folder = out / "figures"
     folder.mkdir(exist_ok=True, parents=True)
-    sizes = {name: one.sae.n_features for name, one in saes.items()}
-    report.zf(evaluations, sizes, folder / "zf.png")
-    report.violins(evaluations, "SAE", folder / "violins.png")
+    drawn = list(saes) if len(saes) <= MOST_DRAWN else one_of_each_rule(rows)
+    pictured = {name: evaluations[name] for name in drawn}
+    sizes = {name: saes[name].sae.n_features for name in drawn}
+    report.zf(pictured, sizes, folder / "zf.png")
+    report.violins(pictured, "SAE", folder / "violins.png")
     report.density(evaluations, folder / "density.png")
     write_whole(out / "results.csv", report.csv_text(rows))
     print(f"Looking into the features of {', '.join(browse) or 'none'} ...", flush=True)

@@ -10,6 +10,11 @@ held-out files. A seed decides the start of an SAE; all see the same batches.
 
 Command:  python launch.py --experiment=top_afa_small
           (--paper=DIR draws the authors' recorded points beside)
+Leaves:   as top_afa_gpt2
+Hardware: 2 CPU cores, 65 minutes at 100 tokens/s; 0.7 GB for the SAEs.
+Expected: on the files of Python 3.11 the best held-out NMSE before layers 1, 2, 3 is
+          .0028, .0010, .0006 for TopK (k = 341) and .011, .017, .018 for Top-AFA with
+          251 to 306 features: the paper's first claim does not hold at this scale.
 """
 
 from dataclasses import dataclass, replace

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Int
 
 from sae_jax import checks
 
@@ -56,8 +56,8 @@ class Coherence(NamedTuple):
 class Neighbours(NamedTuple):
     """The nearest features of each, nearest first."""
 
-    indices: Int32[np.ndarray, "F N"]
-    cosines: Float32[np.ndarray, "F N"]
+    indices: Int[np.ndarray, "F N"]
+    cosines: Float[np.ndarray, "F N"]
 
 
 def exact(
@@ -142,8 +142,8 @@ def nearest(
     """
     if n < 1:
         raise ValueError(f"n={n}; ask for one neighbour at least.")
-    indices = np.full((len(W_dec), n), -1, np.int32)
-    cosines = np.full((len(W_dec), n), np.nan, np.float32)
+    indices = np.full((len(W_dec), n), -1)
+    cosines = np.full((len(W_dec), n), np.nan)
     checks.rows("W_dec", W_dec, W_dec.shape[-1])
     unit, kept = unit_rows(W_dec)
     n = min(n, len(kept) - 1)

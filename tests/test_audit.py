@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import audit
 from experiments._features import worth_steering
-from experiments._report import best_of_each_rule
+from experiments._report import one_of_each_rule
 from sae_jax import SAE, coherence, settings
 from sae_jax.trained import TrainedSAE
 
@@ -117,15 +118,34 @@ def test_settings_come_from_the_command_line(tmp_path):
     assert (config.sae, config.report.steer) == ((str(folder),), 0)
 
 
-def test_the_best_of_each_rule_is_one_that_did_not_diverge():
+def test_one_of_each_rule_that_activates_as_it_should_and_did_not_diverge():
+    nan = float("nan")
     rows = [
-        {"name": name, "rule": name[0], "nmse": nmse}
-        for name, nmse in (
-            *(("a1", float("nan")), ("a2", 0.5), ("a3", 0.4)),
-            *(("b1", 0.3), ("b2", float("nan")), ("c1", float("nan"))),
+        {"name": name, "rule": name[0], "nmse": nmse, "epsilon_lbo": epsilon}
+        for name, nmse, epsilon in (
+            *(("a1", nan, nan), ("a2", 0.5, 0.1), ("a3", 0.4, 0.2)),
+            *(("b1", 0.3, float("inf")), ("b2", nan, 0.0), ("c1", nan, nan)),
         )
     ]
-    assert best_of_each_rule(rows) == ["a3", "b1", "c1"]
+    assert one_of_each_rule(rows) == ["a2", "b1"]
+
+
+def test_an_sae_that_diverged_is_measured_and_not_looked_into(tmp_path, capsys):
+    sae = SAE(d_in=192, n_features=64, rule="relu")
+    variables = sae.init(jax.random.key(0))
+    for n, name in enumerate(("W_dec", "b_enc")):
+        bad = {**variables.params, name: variables.params[name].at[1].set(jnp.nan)}
+        about = {"site": SITE, "target": None}
+        spoilt = variables._replace(params=bad)
+        TrainedSAE(sae, spoilt, about).save(tmp_path / f"bad{n}")
+    zero = {**variables.params, "W_dec": variables.params["W_dec"].at[1].set(0)}
+    whole = TrainedSAE(sae, variables._replace(params=zero), about)
+    folders = [whole.save(tmp_path / "zero"), tmp_path / "bad0", tmp_path / "bad1"]
+    audit.run(configured(tmp_path / "out", *folders))
+    said = capsys.readouterr().out
+    assert "Looking into the features of zero ..." in said
+    lines = [line.split()[-3:] for line in said.splitlines() if line.startswith("NMSE")]
+    assert [text != "nan" for text in lines[0]] == [True, False, False]
 
 
 def test_features_worth_steering_are_neither_rare_nor_everywhere():

@@ -197,10 +197,23 @@ def test_tiles_and_what_is_handed_over_are_no_larger_than_stated():
         (lambda W: coherence.exact(W, quantiles=(0.5, 99)), "quantiles=.99.; give"),
         (lambda W: coherence.exact(W, block=0), "block=0; tiles have at least one"),
         (lambda W: coherence.sampled(W, n_pairs=1, seed=0), "n_pairs=1; at least 2"),
-        (lambda W: coherence.nearest(W, n=0), "n=0; each of 6 rows .* has 1 to 5"),
-        (lambda W: coherence.nearest(W, n=6), "n=6; each of 6 rows .* has 1 to 5"),
+        (lambda W: coherence.nearest(W, n=0), "n=0; ask for one neighbour"),
+        (lambda W: coherence.nearest(W / 0, n=1), "NaN or infinite values in 6 of 6"),
     ],
 )
 def test_faults(call, message):
     with np.errstate(divide="ignore"), pytest.raises(ValueError, match=message):
         call(np.ones((6, 2)))
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 3])
+def test_there_are_no_more_neighbours_than_others(n_rows):
+    W_dec = np.zeros((n_rows + 1, 3))
+    W_dec[1:] = np.eye(3)[:n_rows] + 0.1
+    found = coherence.nearest(W_dec, n=4)
+    known = found.indices >= 0
+    assert known.sum(1).tolist() == [0] + [n_rows - 1] * n_rows
+    assert (np.isfinite(found.cosines) == known).all()
+    for row in range(1, n_rows + 1):
+        others = set(range(1, n_rows + 1)) - {row}
+        assert set(found.indices[row][known[row]]) == others

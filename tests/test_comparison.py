@@ -337,9 +337,15 @@ def test_a_knob_that_matters_more_than_k():
     settings = comparison.settings(rows)
     claim = claims.no_k_to_tune(settings)
     assert claim.verdict == "does not hold"
-    # 80 / (8 / 30) against 0.8 / 0.2, and ranges of 2 and 4.
-    assert "by a factor of 300 where the coefficient changes by 2" in claim.seen[0]
-    assert "by 4 where k of topk changes by 4" in claim.seen[0]
+    # 80 / (8 / 30) over one doubling against 0.8 / 0.2 over two.
+    assert "by a factor of 300 for each doubling of the coefficient" in claim.seen[0]
+    assert "by 2 for each doubling of k of topk" in claim.seen[0]
+
+
+def test_a_coefficient_of_zero_has_no_factor():
+    rows = [r for r in planted() if r["knob"] != 0.5]
+    rows += [row("top_afa", 0.0, 80.0, l0=31, seed=s) for s in (0, 1, 2)]
+    assert claims.no_k_to_tune(comparison.settings(rows)).verdict == "not tested"
 
 
 def test_what_lies_outside_of_the_line_is_not_compared():

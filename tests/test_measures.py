@@ -196,7 +196,11 @@ def test_empty_codes_have_an_infinite_epsilon():
     found, _ = measure(Case(sae, variables, x, None))
     np.testing.assert_array_equal(found.epsilon_lbo, [np.inf, np.inf, np.inf, 0])
     assert found.scores["epsilon_lbo"] == np.inf
-    assert math.isnan(found.scores["norm_ratio"])
+    assert found.scores["norm_ratio"] == 0  # of 0, 0 and 1; the row of zeros has none
+    assert found.scores["afa_error"] == 2 / 3
+    nothing, _ = measure(Case(sae, variables, np.zeros((2, 1), np.float32), None))
+    assert math.isnan(nothing.scores["norm_ratio"])
+    assert math.isnan(nothing.scores["afa_error"])
 
 
 def test_a_large_common_mean_does_not_cancel():

@@ -113,8 +113,8 @@ def catalogue(
         active.histogram,
         active.examples,
         GROUPS,
-        near.indices,
-        near.cosines,
+        near.indices.astype(np.int32),
+        near.cosines.astype(np.float32),
         *(effects or [None] * 4),
     )
 

@@ -19,7 +19,6 @@ from sae_jax.report.figures import MOST_POINTS, draw_bands, legend_of_bands
 
 PALETTE = matplotlib.colormaps["viridis"]
 CLIPPED = 0.99  # the authors' quantile: a few rows would squash the rest
-MOST_VIOLINS = 24
 SHORT = 4  # characters of a name that fits below its violin
 
 
@@ -63,10 +62,9 @@ def violins_figure(
     """Distributions of eps-LBO (left half) and of the error (right), for `each` one.
 
     Both are those of rows: the error of a row is divided by its own squared norm, as in
-    the authors' figures, which call it normalised MSE. Beyond `MOST_VIOLINS` they would
-    be too thin to read; the first ones stay.
+    the authors' figures, which call it normalised MSE.
     """
-    shown = {str(name): one for name, one in list(found.items())[:MOST_VIOLINS]}
+    shown = {str(name): one for name, one in found.items()}
     longest = max(map(len, shown), default=0)
     room = 0.05 * longest if longest > SHORT else 0
     figure, (left,) = drawing.new_figure(1, 1, drawing.HEIGHT + room)
