@@ -84,18 +84,20 @@ def samples(
     """How the model goes on where the feature is raised, and where it is taken away.
 
     Raised after the beginning of the first held-out context, taken away after the
-    tokens that excite it most, which stand behind the first token of their context, the
-    BOS of most models. What is read of the prompts stays as it is: the first token of a
-    model can be unlike all others, and an SAE may never have seen it. The likeliest
-    token is taken each time.
+    tokens that excite it most, with BOS before them where their context begins with it.
+    What is read of the prompts stays as it is: the first position of a model can be
+    unlike all others, and an SAE may never have seen it. The likeliest token is taken
+    each time.
     """
     tokens, site = found.firings.tokens, one.about["site"]
     context, peak = divmod(int(found.examples[feature, 0]), tokens.shape[1])
-    own = [tokens[context, 0], *tokens[context, 1 : peak + 1][1 - PROMPT :]]
+    head = int(tokens[context, 0] == tokenizer.bos_token_id)
+    window = tokens[context, head : peak + 1][head - PROMPT :]
+    own = np.concatenate([tokens[context, :head], window])
     high = float(found.highest[feature])
 
     # Together, so that the model is compiled for one length.
-    prompts = [tokens[0, :PROMPT].tolist(), [int(token) for token in own]]
+    prompts = [tokens[0, :PROMPT].tolist(), own.tolist()]
     where = choosing_positions(prompts, NEW)
     plain, held, far, without = (
         [

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from experiments import audit
-from experiments._features import worth_steering
+from experiments._features import samples, worth_steering
 from experiments._report import one_of_each_rule
 from sae_jax import SAE, coherence, settings
+from sae_jax.evaluation import Evaluator, HeldOut
+from sae_jax.lm.flax_lm import FlaxLM
+from sae_jax.text import load_tokenizer
 from sae_jax.trained import TrainedSAE
 
 SITE = "resid_post.1"
@@ -157,3 +160,31 @@ def test_features_worth_steering_are_neither_rare_nor_everywhere():
             use = np.ones((10, 100), bool)
 
     assert worth_steering(Found()) == [3, 2, 1]
+
+
+def test_prompts_of_steering_are_the_text_that_excites_a_feature():
+    lm, tokenizer = FlaxLM.load("embedded"), load_tokenizer("embedded")
+    rng, bos = np.random.default_rng(0), tokenizer.bos_token_id
+    tokens = rng.integers(300, 600, (3, 64)).astype(np.int32)
+    tokens[1, 0] = bos
+    real = np.ones(tokens.shape, bool)
+    evaluator = Evaluator(lm, HeldOut(tokens, real, real))
+    sae = SAE(d_in=192, n_features=8, rule="relu")
+    one = TrainedSAE(sae, sae.init(jax.random.key(0)), {"site": SITE})
+
+    def example(row: int) -> str:
+        class Found:
+            class firings:
+                pass
+
+            examples, highest = np.array([[row]]), np.array([1.5])
+
+        Found.firings.tokens = tokens
+        said = dict(samples(one, Found(), 0, evaluator, tokenizer))
+        assert said["prompt"] == tokenizer.decode(tokens[0, :24])
+        return said["its strongest example"]
+
+    assert example(40) == tokenizer.decode(tokens[0, 17:41])
+    assert example(64 + 40) == tokenizer.decode([bos, *tokens[1, 18:41]])
+    assert example(64 + 3) == tokenizer.decode(tokens[1, :4])
+    assert example(128) == tokenizer.decode(tokens[2, :1])
