@@ -286,6 +286,17 @@ def test_a_zf_plot_draws_few_rows_from_everywhere():
     assert len(set(drawn % 128)) == 128  # every position of a context of 128
 
 
+@pytest.mark.parametrize("n_panels", [1, 2, 3, 4, 5])
+def test_a_zf_plot_has_room_for_its_titles(n_panels):
+    figure = zf_figure(
+        {f"name{i}": evaluation([1, 2, 4], [1, 2, 4]) for i in range(n_panels)}, 8
+    )
+    figure.draw_without_rendering()
+    for axes in figure.axes[:n_panels]:
+        assert axes.title.get_window_extent().y1 <= figure.bbox.y1
+        assert axes.get_tightbbox().y0 >= 0
+
+
 def test_a_zf_plot_has_four_panels_a_row():
     panels = {f"a{i}": evaluation([1], [1]) for i in range(6)}
     axes = zf_figure(panels, 8).axes

@@ -146,7 +146,7 @@ def zf_figure(
     n_columns = min(4, max(1, len(evaluations)))
     n_rows = max(1, math.ceil(len(evaluations) / n_columns))
     side = min(drawing.WIDTH / n_columns, drawing.HEIGHT - 1.3)
-    figure, panels = drawing.new_figure(n_rows, n_columns, n_rows * (side + 0.6) + 0.7)
+    figure, panels = drawing.new_figure(n_rows, n_columns, n_rows * (side + 0.6) + 0.9)
     colours = drawing.rule_colours(evaluations)
     for axes, (name, evaluation) in zip(panels, evaluations.items(), strict=False):
         F = n_features[name] if isinstance(n_features, Mapping) else n_features
