@@ -25,7 +25,7 @@ from sae_jax.config import Data, Dictionary
 from sae_jax.run.loop import Every
 from sae_jax.training.recipe import Recipe
 
-PAPER = top_afa_gpt2.Config()
+LARGE = top_afa_gpt2.Config()
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Config(top_afa_gpt2.Config):
     ks: tuple[int, ...] = (128, 512, 1024, 2048, 4096)
     coefs: tuple[float, ...] = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8)
     seeds: tuple[int, ...] = (0, 1, 2)
-    sae: Dictionary = replace(PAPER.sae, n_features=1024)
+    sae: Dictionary = replace(LARGE.sae, n_features=1024)
     data: Data = Data(batch=512, buffer=16_384)
-    train: Recipe = replace(PAPER.train, steps=700, lr=1e-3)
+    train: Recipe = replace(LARGE.train, steps=700, lr=1e-3)
     every: Every = Every(log=5, save=100)
     last: int = 20  # the paper's 100 steps

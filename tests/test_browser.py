@@ -597,6 +597,11 @@ def test_a_link_to_a_feature_opens_it(tab, path):
     assert tab.run("location.hash") == ""
     tab.open(path, "#mine%20k%3D3%2F4/feature/40")
     assert "features 0 to 39; there is no 40" in tab.run("at('detail').textContent")
+    tab.run("location.hash = '#mine%20k%3D3%2F4/feature/4'")
+    tab.wait(f"{TITLE} === 'Feature 4'")
+    tab.run("location.hash = ''")  # as the browser's button to go back does
+    tab.wait("list.opened === null")
+    assert "Choose a feature" in tab.run("at('detail').textContent")
     tab.open(path, "#%zz/feature/4")  # no name of any SAE
     assert tab.run(TITLE) is None
 

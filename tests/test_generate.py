@@ -250,6 +250,8 @@ def test_the_likeliest_is_what_draws_come_to():
         ({"temperature": -1.0}, "not negative"),
         ({"temperature": float("nan")}, "finite"),
         ({"temperature": 1.0}, "pass a key"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"top_k": 2}, "top_k=2 is for draws"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_k": VOCAB + 1}, f"top_k={VOCAB + 1}"),
         ({"stop_token": VOCAB}, "stop_token"),

@@ -143,8 +143,11 @@ def _option_faults(
         checks.value_fault("n_new", n_new, int),
         checks.value_fault("temperature", temperature, float),
     ]
+    checks.raise_all(filter(None, faults))
     if n_new == 0:
         faults.append("n_new=0; at least one is needed.")
+    if temperature == 0 and top_k is not None:
+        faults.append(f"top_k={top_k} is for draws: pass a temperature above 0.")
     if temperature > 0 and key is None:
         faults.append(
             f"temperature={temperature} draws tokens: pass a key, or temperature=0."

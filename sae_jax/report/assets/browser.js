@@ -98,17 +98,27 @@ function open(feature) {
 async function select(which) {
   if (which === list.sae) return;
   const columns = await unpack(`columns${which}`);
-  Object.assign(list, { sae: which, columns, opened: null });
+  Object.assign(list, { sae: which, columns });
   at("sae").value = which;
-  at("detail").replaceChildren(make("p", { class: "hint" }, "Choose a feature."));
+  closeDetail();
   arrange();
+}
+
+function closeDetail() {
+  list.opened = null;
+  at("detail").replaceChildren(make("p", { class: "hint" }, "Choose a feature."));
 }
 
 async function follow() {
   const [, name, given] = location.hash.match(/^#(.+)\/feature\/(\d+)$/) ?? [];
   const which = about.browsers.findIndex(b =>
     name === encodeURIComponent(b.name) || name === encodeURI(b.name)); // by hand
-  if (which < 0) return;
+  if (which < 0) {
+    if (location.hash !== "") return; // it names another part of the page
+    closeDetail();
+    drawRows();
+    return;
+  }
   await select(which);
   const feature = Number(given);
   if (feature >= sae().n_features) {
