@@ -28,6 +28,8 @@ TINY = {
     "config.every.log": "2",
     "config.every.evaluate": "3",
     "config.sae.expansion": "2",
+    "config.report.browse": "1",
+    "config.report.steer": "1",
 }
 SAES = {
     "demo": ({}, 3),
