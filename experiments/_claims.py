@@ -143,7 +143,8 @@ def no_k_to_tune(settings: Sequence[Setting]) -> Claim:
                 f"for each doubling of k of {rule}."
             )
     return Claim(
-        "The coefficient needs less tuning than k: NMSE changes less with it.",
+        "NMSE changes less with the coefficient than with k, for each doubling. (A "
+        "doubling of k is one of L0; one of the coefficient may hardly move it.)",
         verdict(outcomes),
         seen,
     )

@@ -69,6 +69,7 @@ def report_on(
     report.frontier(rows, folder / "frontier.png")
     print(f"\n{report.table(rows)}\n", flush=True)
     tokens = config.train.steps * config.data.batch
+    held_out = int(result.evaluator.heldout.use.sum())
     write_report(
         out,
         result.trained,
@@ -78,8 +79,11 @@ def report_on(
         browse=one_of_each_rule(rows)[: config.report.browse],
         n_steered=config.report.steer,
         title=title,
-        made=f"{len(rows)} SAEs, trained on the same {tokens:,} tokens and evaluated",
-        about=f"Language model: {config.lm}. Text: {config.dataset}.",
+        summary=(
+            f"{len(rows)} SAEs, trained on the same {tokens:,} tokens and evaluated on "
+            f"{held_out:,} held-out ones. Language model: {config.lm}. Text: "
+            f"{config.dataset}."
+        ),
         figures=[
             *figures,
             Figure(folder / "curves.png", CURVES),
@@ -101,8 +105,7 @@ def write_report(
     browse: Sequence[str],
     n_steered: int,
     title: str,
-    made: str,
-    about: str,
+    summary: str,
     figures: Sequence[Figure],
     notes: Mapping[str, str],
     settings: dict[str, Any],
@@ -126,11 +129,10 @@ def write_report(
         tokenizer,
         n_steered=n_steered,
     )
-    held_out = int(evaluator.heldout.use.sum())
     report.write_page(
         out / "report.html",
         title=title,
-        summary=f"{made} on {held_out:,} tokens of held-out text. {about}",
+        summary=summary,
         rows=rows,
         figures=[
             *figures,

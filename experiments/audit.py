@@ -13,35 +13,36 @@ Note:     the text should be none that the SAE was trained on. Of the embedded t
           of any other that is split by --part, --part=heldout is that.
 """
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-
+from experiments._dictionaries import agreements, coherence_scores
 from experiments._report import row, write_report
-from sae_jax import coherence, report
+from sae_jax import checks, report
 from sae_jax.config import Evaluating, ModelConfig, Reporting, TextConfig
-from sae_jax.evaluation import Evaluator, HeldOut, agreement
-from sae_jax.run.folder import environment
+from sae_jax.evaluation import Evaluator, HeldOut
+from sae_jax.run.folder import CONFIG, environment
 from sae_jax.settings import to_dict
 from sae_jax.text.documents import Part
 from sae_jax.trained import TrainedSAE, load
 from sae_jax.whole_files import write_whole
-
-ALL_PAIRS_UP_TO = 65_536  # features, in about a minute at width 768
-PAIRS = 2_000_000  # of larger ones; they miss the maximum, so none is given
 
 
 @dataclass
 class Config(ModelConfig, TextConfig):
     """What can be set from the command line."""
 
-    sae: Annotated[tuple[str, ...], "folders of finished SAEs, by commas"] = ()
+    sae: Annotated[
+        tuple[str, ...],
+        "folders of finished SAEs, by commas; that of a run stands for all of its SAEs",
+    ] = ()
+    rule_files: Annotated[
+        tuple[str, ...], "Python files with their rules, if they are of your own"
+    ] = ()
     site: Annotated[str, "what they read; empty: what each was trained on"] = ""
     out: Annotated[str, "folder to write to"] = "runs/audit"
     part: Annotated[Part, "which documents to audit on, by a hash of names"] = "heldout"
@@ -53,6 +54,10 @@ class Config(ModelConfig, TextConfig):
         """What is wrong with these settings together."""
         if not self.sae:
             yield "sae is empty; give the folders of one or more saved SAEs"
+        if self.contexts < 1 or self.contexts_per_pass < 1:
+            yield "contexts and contexts_per_pass must be at least 1"
+        if (Path(self.out).expanduser() / CONFIG).exists():
+            yield f"out={self.out!r} holds a training run; give a folder of its own"
         yield from self.text_faults()
         saes: dict[str, TrainedSAE] = {}
         try:
@@ -85,7 +90,13 @@ class Config(ModelConfig, TextConfig):
 @cache
 def opened(folders: tuple[str, ...]) -> dict[str, TrainedSAE]:
     """The SAEs by name: the end of their folders, as much as tells them apart."""
-    paths = [Path(folder).expanduser().resolve() for folder in folders]
+    given = [Path(folder).expanduser().resolve() for folder in folders]
+    checks.raise_all(
+        f"sae: {path} does not exist" for path in given if not path.exists()
+    )
+    paths = [
+        sae for path in given for sae in (sorted((path / "saes").glob("*")) or [path])
+    ]
     if len(set(paths)) < len(paths):
         raise ValueError(f"sae={','.join(folders)} names a folder twice")
     depth = 1
@@ -105,9 +116,6 @@ def run(config: Config) -> None:
                 f"{name} was trained on lm={one.about.get('lm')!r}, whose weights are "
                 f"not those of lm={config.lm!r}; give that model"
             )
-        here = Evaluating(dataset=config.dataset, part=config.part)
-        if (text := text_of(one)) and here.overlaps(text):
-            print(f"Note: {name} was trained on this text, or part of it.", flush=True)
     heldout = HeldOut.read(
         config.open_documents(),
         tokenizer,
@@ -127,10 +135,16 @@ def run(config: Config) -> None:
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     rows = [row(name, one, evaluations[name].scores) for name, one in known.items()]
+    summary = (
+        f"Measured on {int(heldout.use.sum()):,} tokens of {config.dataset} (part: "
+        f"{config.part}). Language model: {config.lm}."
+    )
     notes = {"All scores": report.scores_text(rows)}
+    if remarks := "\n".join(what_to_know(config, saes)):
+        notes["Note"] = remarks
     if agreeing := agreements({name: known[name] for name in whole}):
         notes["Agreement of dictionaries"] = agreeing
-    text = "\n\n".join(notes.values())
+    text = "\n\n".join([summary, *notes.values()])
     write_whole(out / "scores.txt", text + "\n")
     print(f"\n{text}\n", flush=True)
     write_report(
@@ -142,8 +156,7 @@ def run(config: Config) -> None:
         browse=whole[: config.report.browse],
         n_steered=config.report.steer,
         title=f"Audit of {', '.join(known)}",
-        made="Measured",
-        about=f"Language model: {config.lm}. Text: {config.dataset}.",
+        summary=summary,
         figures=[],
         notes=notes,
         settings=to_dict(config),
@@ -151,42 +164,17 @@ def run(config: Config) -> None:
     )
 
 
+def what_to_know(config: Config, saes: dict[str, TrainedSAE]) -> Iterator[str]:
+    """What makes the scores of an SAE mean less than they seem to."""
+    here = Evaluating(dataset=config.dataset, part=config.part)
+    for name, one in saes.items():
+        if (text := text_of(one)) and here.overlaps(text):
+            yield f"{name} was trained on this text, or part of it."
+        trained = one.about.get("site")
+        if trained not in (None, config.sites(one)[0]):
+            yield f"{name} was trained on {trained}, and is measured elsewhere."
+
+
 def text_of(one: TrainedSAE) -> dict[str, Any] | None:
     """What text it was trained on, if it says so."""
     return one.about.get("text", one.about.get("shards", {}).get("text"))
-
-
-def coherence_scores(one: TrainedSAE) -> dict[str, float]:
-    """How near to orthogonal the decoder's directions are."""
-    W_dec, scores = directions(one), {}
-    if len(W_dec) < 2:
-        return {}
-    if len(W_dec) <= ALL_PAIRS_UP_TO:
-        found = coherence.exact(W_dec, quantiles=(0.99,))
-        scores["coherence_maximum"] = found.maximum
-    else:
-        found = coherence.sampled(W_dec, n_pairs=PAIRS, seed=0, quantiles=(0.99,))
-    scores |= {"coherence_mean": found.mean, "coherence_99": found.quantiles[0.99]}
-    return scores
-
-
-def directions(one: TrainedSAE) -> np.ndarray:
-    """The decoder rows that have a direction: those of zeros and NaN have none."""
-    W_dec = np.asarray(one.sae.weights(one.variables).W_dec)
-    norms = np.linalg.norm(W_dec, axis=1)
-    return W_dec[np.isfinite(norms) & (norms > 0)]
-
-
-def agreements(saes: Mapping[str, TrainedSAE]) -> str:
-    """How far the dictionaries of SAEs that write to one site agree, two by two."""
-    aims = {
-        name: one.about["target"] or one.about["site"] for name, one in saes.items()
-    }
-    pairs = [(a, b) for a, b in itertools.permutations(saes, 2) if aims[a] == aims[b]]
-    lines = ["Of the directions of the first, the largest cosine with the second's:"]
-    for a, b in pairs:
-        found = agreement.best_matches(directions(saes[a]), directions(saes[b]))
-        above = found.shares_above()
-        shares = ", ".join(f"{share:.1%} above {t}" for t, share in above.items())
-        lines.append(f"{a} in {b}: mean {found.mean():.3f}, {shares}")
-    return "\n".join(lines) if pairs else ""

@@ -243,7 +243,7 @@ class Reporting:
 
     browse: Annotated[
         int,
-        "SAEs whose features can be browsed, at most: those of least eps-LBO",
+        "SAEs whose features can be browsed, at most (training: one of each rule)",
     ] = 3
     steer: Annotated[int, "features of each of them that text is steered by"] = 3
 

@@ -149,7 +149,7 @@ def load(folder: str | Path) -> TrainedSAE:
     except (ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:
         raise ValueError(
             f"{folder / DESCRIPTION} cannot be used: {error}\n(A rule of your own is "
-            f"registered first, by importing its file or sae_jax.load_file.)"
+            f"registered first: sae_jax.load_file, or --rule_files.)"
         ) from None
     if _checksum(folder / ARRAYS) != checksum:
         raise ValueError(

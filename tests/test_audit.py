@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -20,6 +22,7 @@ from sae_jax.text import load_tokenizer
 from sae_jax.trained import TrainedSAE
 
 SITE = "resid_post.1"
+ROOT = Path(__file__).parent.parent
 
 
 def saved(folder: Path, rule: str, *, seed: int = 0, site: str = SITE, **about) -> Path:
@@ -56,7 +59,7 @@ def test_an_audit_has_every_measure_and_a_report(tmp_path, capsys):
     for name in ("KL, nats", "loss recovered, %", "L1", "description length, bits"):
         assert np.isfinite([number(v) for v in lines[name].split()[-3:]]).all()
     # Every ordered pair at one site; random directions agree a little.
-    pairs = re.findall(r"(\w+) in (\w+): mean (0\.\d+)", scores)
+    pairs = re.findall(r"(\w+) in (\w+): mean (0\.\d+) \(random", scores)
     assert len(pairs) == 6
     assert all(0.1 < float(mean) < 0.5 for _, _, mean in pairs)
     with (tmp_path / "out" / "results.csv").open() as file:
@@ -74,7 +77,9 @@ def test_an_audit_has_every_measure_and_a_report(tmp_path, capsys):
     ("changes", "fault"),
     [
         ({"sae": ()}, "sae is empty"),
-        ({"sae": ("/no/such",)}, "/no/such has no sae.json"),
+        ({"sae": ("/no/such",)}, "/no/such does not exist"),
+        ({"sae": ("/tmp",)}, "/tmp has no sae.json"),
+        ({"contexts": 0}, "contexts and contexts_per_pass must be at least 1"),
         ({"site": "resid_post.9"}, "needs a layer from 0 to 3"),
         ({"site": "mlp_hidden.1"}, "is made for a width of 192, and mlp_hidden.1"),
         ({"context": 1000}, "context=1000 is more than the 256 tokens"),
@@ -103,7 +108,12 @@ def test_another_model_is_refused_and_the_same_text_is_noted(tmp_path, capsys):
     same = saved(tmp_path / "b", "topk(k=8)", text=text)
     report = dataclasses.replace(config.report, browse=0)
     audit.run(dataclasses.replace(config, sae=(str(same),), report=report))
-    assert "Note: b was trained on this text" in capsys.readouterr().out
+    assert "b was trained on this text" in capsys.readouterr().out
+    assert "b was trained on this text" in (tmp_path / "out/scores.txt").read_text()
+    elsewhere = dataclasses.replace(config, sae=(str(same),), report=report)
+    audit.run(dataclasses.replace(elsewhere, site="resid_post.0"))
+    said = capsys.readouterr().out
+    assert "b was trained on resid_post.1, and is measured elsewhere" in said
 
 
 def test_names_tell_saes_apart(tmp_path):
@@ -111,6 +121,39 @@ def test_names_tell_saes_apart(tmp_path):
     assert [*audit.opened(tuple(map(str, folders)))] == ["x/topk", "y/topk"]
     with pytest.raises(ValueError, match="names a folder twice"):
         audit.opened((str(folders[0]), str(folders[0])))
+
+
+def test_a_runs_folder_stands_for_its_saes_and_is_not_written_to(tmp_path):
+    saved(tmp_path / "run/saes/a", "topk(k=8)")
+    saved(tmp_path / "run/saes/b", "topk(k=8)")
+    (tmp_path / "run/config.json").write_text("{}")
+    assert [*audit.opened((str(tmp_path / "run"),))] == ["a", "b"]
+    config = configured(tmp_path / "run", tmp_path / "run")
+    assert any("holds a training run" in fault for fault in config.faults())
+
+
+def test_an_sae_with_a_rule_of_ones_own_is_audited(tmp_path):
+    rule = (
+        "import jax\nfrom sae_jax import Rule, from_pre, register\n"
+        "def halved(pre, *, share: float = 0.5):\n    return jax.nn.relu(pre) * share\n"
+        "register(Rule(name='halved', paper='none', decides='nothing', "
+        "encode=from_pre(halved), example={'share': 0.5}, knob='share'))\n"
+    )
+    (tmp_path / "halved.py").write_text(rule)
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from pathlib import Path\nimport sae_jax\n"
+        f"sae_jax.load_file({str(tmp_path / 'halved.py')!r})\n"
+        "from tests.test_audit import saved\n"
+        f"saved(Path({str(tmp_path / 'a')!r}), 'halved')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    command = [sys.executable, "launch.py", "--experiment=audit", "--dry_run"]
+    command += [f"--sae={tmp_path / 'a'}", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "--rule_files" in done.stderr
+    command.append(f"--rule_files={tmp_path / 'halved.py'}")
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
 def test_settings_come_from_the_command_line(tmp_path):

@@ -68,7 +68,9 @@ async function drawPanel(panel, i) {
       const { tokens, width } = await unpack(`contexts${panel.contexts}`);
       said.push(...passage(tokens, width[0], row[j], new Map(), 1, false));
     }
-    if (shown === `${i} ${j}`) at("zf-row").replaceChildren(...said);
+    if (shown !== `${i} ${j}`) return;
+    at("zf-row").replaceChildren(...said);
+    at("zf-row").className = "chosen";
   }
   function point(event) {
     const box = svg.getBoundingClientRect();
