@@ -45,12 +45,10 @@ class Figure(NamedTuple):
     caption: str
 
 
-def train_and_report(config: Config, *, title: str) -> Result:
+def train_and_report(config: Config, *, title: str) -> None:
     """Trains, or goes on training; then `report_on`."""
     with Stop() as stop:
-        result = run_training(config, stop)
-        report_on(config, result, title=title)
-    return result
+        report_on(config, run_training(config, stop), title=title)
 
 
 def report_on(
