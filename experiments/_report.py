@@ -60,7 +60,8 @@ def report_on(
     notes: Mapping[str, str] = NO_NOTES,
 ) -> None:
     """Reports on the SAEs of a training run; `figures` and `notes` are shown first."""
-    out, rows = Path(config.out).expanduser(), rows_of(result)
+    out = Path(config.out).expanduser()
+    rows = rows_of(result.trained, result.evaluations)
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     report.curves(training_lines(result), folder / "curves.png")
@@ -70,6 +71,7 @@ def report_on(
     held_out = int(result.evaluator.heldout.use.sum())
     write_report(
         out,
+        rows,
         result.trained,
         result.evaluations,
         result.evaluator,
@@ -95,6 +97,7 @@ def report_on(
 
 def write_report(
     out: Path,
+    rows: Sequence[Mapping[str, Any]],
     saes: Mapping[str, TrainedSAE],
     evaluations: Mapping[str, Evaluation],
     evaluator: Evaluator,
@@ -110,7 +113,6 @@ def write_report(
     environment: dict[str, Any],
 ) -> None:
     """Writes results, figures and the page, in which some can be browsed."""
-    rows = [row(name, one, evaluations[name].scores) for name, one in saes.items()]
     folder = out / "figures"
     folder.mkdir(exist_ok=True, parents=True)
     drawn = list(saes) if len(saes) <= MOST_DRAWN else one_of_each_rule(rows)
@@ -154,12 +156,11 @@ def training_lines(result: Result) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def rows_of(result: Result) -> list[dict[str, Any]]:
-    """One row for each SAE of a run."""
-    return [
-        row(name, one, result.evaluations[name].scores)
-        for name, one in result.trained.items()
-    ]
+def rows_of(
+    saes: Mapping[str, TrainedSAE], evaluations: Mapping[str, Evaluation]
+) -> list[dict[str, Any]]:
+    """One row for each SAE."""
+    return [row(name, one, evaluations[name].scores) for name, one in saes.items()]
 
 
 def row(name: str, one: TrainedSAE, scores: Mapping[str, float]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from experiments._dictionaries import agreements, coherence_scores
-from experiments._report import row, write_report
+from experiments._report import rows_of, write_report
 from sae_jax import checks, report
 from sae_jax.config import Evaluating, ModelConfig, Reporting, TextConfig
 from sae_jax.evaluation import Evaluator, HeldOut
@@ -134,7 +134,7 @@ def run(config: Config) -> None:
     whole = [n for n, e in evaluations.items() if math.isfinite(e.scores["nmse"])]
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    rows = [row(name, one, evaluations[name].scores) for name, one in known.items()]
+    rows = rows_of(known, evaluations)
     summary = (
         f"Measured on {int(heldout.use.sum()):,} tokens of {config.dataset} (part: "
         f"{config.part}). Language model: {config.lm}."
@@ -149,6 +149,7 @@ def run(config: Config) -> None:
     print(f"\n{text}\n", flush=True)
     write_report(
         out,
+        rows,
         known,
         evaluations,
         evaluator,

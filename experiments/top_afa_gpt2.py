@@ -117,7 +117,7 @@ def run(config: Config) -> None:
     with Stop() as stop:
         result = run_training(config, stop)
         text = compare(
-            rows_of(result),
+            rows_of(result.trained, result.evaluations),
             training_lines(result),
             out,
             n_lines=config.last,

@@ -20,7 +20,7 @@ from sae_jax import checks
 from sae_jax.evaluation.catalogue import Catalogue
 from sae_jax.evaluation.firings import Firings
 from sae_jax.report.browser_chunks import Texts, chunk, narrow
-from sae_jax.report.figures import BANDS, MOST_POINTS
+from sae_jax.report.figures import BANDS, MOST_POINTS, norm_limit
 
 FEATURES = 128  # in a chunk of details
 LEVELS = 255
@@ -188,7 +188,7 @@ def _points(name: str, points: Points, texts: Texts) -> tuple[dict[str, Any], st
     rows = np.flatnonzero(np.isfinite(z) & np.isfinite(f))
     limit = 1.0
     if len(rows):
-        limit = 1.05 * max(float(np.quantile(n[rows], 0.995)) for n in (z, f)) or 1.0
+        limit = norm_limit(z[rows], f[rows])
     inside = rows[(z[rows] <= limit) & (f[rows] <= limit)]
     lot = np.random.default_rng(0).permutation(inside)[:MOST_POINTS]
     contexts = None

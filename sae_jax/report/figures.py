@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -182,14 +183,21 @@ def _draw_norms(axes: Axes, evaluation: Evaluation, colour: str) -> None:
     finite = np.isfinite(z) & np.isfinite(f)
     if not finite.any():
         return
-    # The longest rows of a language model are tens of times longer than the others.
-    limit = 1.05 * max(np.quantile(norms[finite], 0.995) for norms in (z, f)) or 1.0
+    limit = norm_limit(z[finite], f[finite])
     draw_bands(axes, limit)
     # By lot: every n-th row might always be the same position of a context.
     lot = np.random.default_rng(0).permutation(len(z))[:MOST_POINTS]
     axes.plot(z[lot], f[lot], ".", ms=2.5, color=colour, alpha=0.6, mew=0)
     outside = len(z) - np.count_nonzero(finite & (z <= limit) & (f <= limit))
     axes.set_xlabel(f"‖z‖\n{outside:,} of {len(z):,} rows outside", fontsize=8)
+
+
+def norm_limit(z: Float[np.ndarray, " R"], f: Float[np.ndarray, " R"]) -> float:
+    """Where both axes of a ZF plot end: behind nearly all rows.
+
+    The longest rows of a language model are tens of times longer than the others.
+    """
+    return 1.05 * max(float(np.quantile(norms, 0.995)) for norms in (z, f)) or 1.0
 
 
 def draw_bands(axes: Axes, limit: float) -> None:

@@ -15,7 +15,12 @@ from matplotlib.ticker import StrMethodFormatter
 
 from sae_jax.evaluation.measures import Evaluation
 from sae_jax.report import drawing
-from sae_jax.report.figures import MOST_POINTS, draw_bands, legend_of_bands
+from sae_jax.report.figures import (
+    MOST_POINTS,
+    draw_bands,
+    legend_of_bands,
+    norm_limit,
+)
 
 PALETTE = matplotlib.colormaps["viridis"]
 CLIPPED = 0.99  # the authors' quantile: a few rows would squash the rest
@@ -42,7 +47,7 @@ def layers_zf_figure(layers: Mapping[int, Layer]) -> Figure:
     numbers = sorted(layers)
     colour = Normalize(numbers[0], max(numbers[-1], numbers[0] + 1))
     both = np.concatenate([np.stack(layers[n][:2]) for n in numbers], axis=1)
-    limit = 1.05 * np.quantile(both[np.isfinite(both)], 0.995)
+    limit = norm_limit(*both[:, np.isfinite(both).all(0)])
     draw_bands(axes, limit)
     for number in numbers:
         z, f = layers[number][:2]
