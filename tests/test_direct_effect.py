@@ -107,7 +107,9 @@ def test_only_sites_of_the_residual_stream_have_effects():
 
 
 def test_both_sources_agree():
-    torch_lm = pytest.importorskip("sae_jax.lm.torch_lm")
+    pytest.importorskip("torch")
+    from sae_jax.lm.torch_lm import TorchLM
+
     tokens = np.arange(2, 26, dtype=np.int32).reshape(2, 12)
     heldout = HeldOut(tokens, tokens > 0, tokens > 3)
     sae, variables = trained("relu", width=192)
@@ -115,7 +117,7 @@ def test_both_sources_agree():
         direct_effects(
             lm, sae, variables, AIM, np.ones(F), heldout, contexts_per_pass=2
         )
-        for lm in (FlaxLM.load("embedded"), torch_lm.TorchLM.load("embedded"))
+        for lm in (FlaxLM.load("embedded"), TorchLM.load("embedded"))
     ]
     assert np.abs(found[0].raised_by).max() > 0.1
     for name in ("raised_by", "lowered_by"):
