@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo lint test test-slow parity bench-lm lock clean
+.PHONY: help install demo lint test test-slow parity bench bench-lm lock clean
 
 help:
 	@echo "make install    build .venv from nothing (idempotent)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test       lint, types, import layers, whole test suite"
 	@echo "make test-slow  the tests that train for more than seconds"
 	@echo "make parity DIR=folder  replay recorded runs of the Top-AFA authors' code"
+	@echo "make bench      speed of training steps, beside SAELens, sparsify and PyTorch"
 	@echo "make bench-lm   speed of reading activations, beside TransformerLens and PyTorch"
 	@echo "make lock       renew requirements.lock from what is installed"
 
@@ -55,6 +56,24 @@ $(PEERS)/.installed:
 bench-lm: install $(PEERS)/.installed
 	$(BIN)/python launch.py --experiment=bench_lm
 
+SAELENS  := .venv-saelens
+SPARSIFY := .venv-sparsify
+
+$(SAELENS)/.installed:
+	$(PEERS_PYTHON) -m venv --clear $(SAELENS)
+	$(SAELENS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==2.13.0 sae-lens==6.54.12
+	@touch $@
+
+$(SPARSIFY)/.installed:
+	$(PEERS_PYTHON) -m venv --clear $(SPARSIFY)
+	$(SPARSIFY)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==2.13.0 eai-sparsify==1.3.3
+	@touch $@
+
+bench: install $(SAELENS)/.installed $(SPARSIFY)/.installed
+	$(BIN)/python launch.py --experiment=bench
+
 DIR ?= tests/golden
 parity: install
 	$(BIN)/python -m tests.parity $(DIR)
@@ -66,4 +85,4 @@ lock: install
 	  | grep -viE '^($(TORCHS_OWN))==' > requirements.lock
 
 clean:
-	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(SAELENS) $(SPARSIFY) .pytest_cache .mypy_cache .ruff_cache

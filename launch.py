@@ -3,17 +3,21 @@
     python launch.py --experiment=NAME --setting=value ...
 
 `--experiment=NAME --help` describes it and all its settings. With `--dry_run` the
-settings are checked and shown, and nothing is run.
+settings are checked and shown, and nothing is run. Compiled programs are kept in the
+user's cache directory, so that the next start is quicker.
 """
 
 import importlib
+import os
 import sys
+import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from sae_jax import checks, settings
@@ -22,9 +26,17 @@ ROOT = Path(__file__).parent
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
 PROJECT = ("sae_jax", "experiments")
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sae_jax" / "xla"
+
 OWN = flags.FlagValues()
 flags.DEFINE_string("experiment", None, "which experiment to run", OWN)
 flags.DEFINE_boolean("dry_run", False, "show what would be run, and stop", OWN)
+flags.DEFINE_string(
+    "compile_cache",
+    str(CACHE),
+    "folder for compiled programs (~/.cache/sae_jax/xla); empty: none",
+    OWN,
+)
 flags.DEFINE_boolean("help", False, "this text", OWN)
 
 
@@ -70,7 +82,36 @@ def read(argv: list[str]) -> Callable[[], object]:
         leave("\n".join(faults + more), 2)
     if OWN.dry_run:
         return lambda: print(shown(name, config))
-    return lambda: experiment.run(config)
+
+    def work() -> None:
+        keep_programs(OWN.compile_cache)
+        experiment.run(config)
+
+    return work
+
+
+def keep_programs(folder: str) -> None:
+    """Has JAX keep what it compiles there, and look there first; `""`: it does not.
+
+    Also what compiles in a moment is kept: a start compiles about a hundred programs,
+    and few of them take long. The name of an entry is a hash of the program, the
+    versions, XLA's flags and the device, with the features of a CPU. So machines may
+    share the folder, and it may be removed at any time. JAX warns of an entry that a
+    kill has cut short, and compiles anew.
+    """
+    if not folder:
+        return
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        print(f"nothing compiled is kept for the next start: {error}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def joined(arguments: list[str]) -> list[str]:

@@ -26,6 +26,7 @@ from sae_jax.config import (
 )
 from sae_jax.evaluation import Evaluation, Evaluator
 from sae_jax.model import SAE
+from sae_jax.run import profile
 from sae_jax.run.folder import folder_fault
 from sae_jax.run.in_folder import train_in_folder
 from sae_jax.run.loop import EVERY, Every
@@ -50,7 +51,7 @@ class Wanted(NamedTuple):
 class Config(ModelConfig, TextConfig):
     """Settings of every such experiment; those of `beside` change no SAE."""
 
-    beside: ClassVar[tuple[str, ...]] = ("out", "wandb", "report")
+    beside: ClassVar[tuple[str, ...]] = ("out", "wandb", "profile", "report")
 
     out: Annotated[str, "the run's folder; the same command goes on with it"] = ""
     rule_files: Annotated[
@@ -59,6 +60,9 @@ class Config(ModelConfig, TextConfig):
     wandb: Annotated[
         str, "project of Weights & Biases to log to as well (needs the package)"
     ] = ""
+    profile: Annotated[
+        int, "steps to trace, for a table of where their time goes; 0: none"
+    ] = 0
     sae: Dictionary = Dictionary()
     data: Data = Data()
     train: Recipe = Recipe()
@@ -88,6 +92,8 @@ class Config(ModelConfig, TextConfig):
             yield "wandb needs a package: pip install -e '.[wandb]'"
         if self.source == "torch" and importlib.util.find_spec("torch") is None:
             yield "source=torch needs a package: pip install -e '.[torch]'"
+        if self.profile < 0:
+            yield f"profile={self.profile} must not be negative"
         yield from self.text_faults()
         yield from self.shard_faults()
         faults = self.model_faults(self.read_sites(), self.context)
@@ -259,5 +265,16 @@ def run_training(config: Config, stop: Stop) -> Result:
             "data": dataclasses.asdict(config.data),
         },
         wandb=config.wandb,
+        profile=config.profile,
     )
+    if config.profile:
+        show_profile(Path(config.out).expanduser() / "profile")
     return Result(trained, evaluations, evaluator, tokenizer)
+
+
+def show_profile(folder: Path) -> None:
+    """Prints where the time of a step goes; a run may have been too near its end."""
+    try:
+        print(f"\n{profile.text(folder)}", flush=True)
+    except FileNotFoundError as error:
+        print(f"\n{error}", flush=True)

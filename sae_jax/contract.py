@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from sae_jax import checks, codes, registry, select
+from sae_jax import checks, products, registry, select
 from sae_jax.codes import Codes
 
 Params = dict[str, Array]
@@ -38,9 +38,12 @@ Need = Literal["key", "grad_x", "autoencoder"]
 
 
 class Weights(NamedTuple):
-    """The four arrays of an SAE as its products use them."""
+    """The four arrays of an SAE as its products use them.
 
-    W_enc: Float[Array, "D_in F"]
+    Row f of both matrices belongs to feature f.
+    """
+
+    W_enc: Float[Array, "F D_in"]
     b_enc: Float[Array, " F"]
     W_dec: Float[Array, "F D_out"]
     b_dec: Float[Array, " D_out"]
@@ -61,7 +64,7 @@ class Inputs(NamedTuple):
     """
 
     x: Float[Array, "B D_in"]
-    encoder: codes.Encoder
+    encoder: products.Encoder
     weights: Weights
     target: Float[Array, "B D_out"]
     grad_x: Float[Array, "B D_in"] | None
@@ -116,7 +119,7 @@ def plain_reconstructions(
     active: Codes, weights: Weights, dtype: Any
 ) -> Reconstructions:
     """One reconstruction, from all features."""
-    x_hat = codes.decode(active, weights.W_dec, dtype) + weights.b_dec
+    x_hat = products.decode(active, weights.W_dec, dtype) + weights.b_dec
     return Reconstructions([x_hat], [1.0])
 
 

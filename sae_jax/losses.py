@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sae_jax import checks, codes, select
+from sae_jax import checks, products, select
 
 
 def mean_rows(
@@ -79,28 +79,42 @@ class AuxK:
 
 def aux_k(
     aux: AuxK,
-    encoder: codes.Encoder,
+    encoder: products.Encoder,
     dead: Bool[Array, " F"],
     W_dec: Float[Array, "F D"],
     residual: Float[Array, "B D"],
     mask: Bool[Array, " B"] | None,
 ) -> Float[Array, ""]:
-    """The loss of `AuxK`; costs nothing in a step without dead features."""
+    """The loss of `AuxK`.
+
+    While no more than k features are dead, as is usual, all of them are chosen: then
+    the term is a small dense SAE of their rows, at k/F of the products' cost.
+    """
     if aux.detach:
         residual = jax.lax.stop_gradient(residual)
+    k = min(aux.k, dead.size)
+    n_dead = dead.sum()
 
-    def loss(_: None) -> Array:
-        scores = jnp.where(dead, encoder.pre, -jnp.inf)
-        chosen = select.rows(scores, dead.sum(), count_max=min(aux.k, dead.size))
-        revived = select.keep(encoder, chosen)
-        e_hat = codes.decode(revived, W_dec, encoder.dtype).astype(residual.dtype)
-        error = mse(e_hat, residual, mask)
-        if aux.normalise:
-            spread = mse(mean_rows(residual, mask)[None], residual, mask)
-            error = error / jnp.where(spread > 0, spread, 1)
-        return (aux.coef * error).astype(residual.dtype)
+    def few(_: None) -> Array:
+        which = jnp.nonzero(dead, size=k, fill_value=0)[0]
+        rows, bias = encoder.W_enc[which], encoder.b_enc[which]
+        rest = encoder.x, rows, bias, encoder.b_pre, encoder.dtype
+        revived = jax.nn.relu(products.preactivations(*rest))
+        revived = jnp.where(jnp.arange(k) < n_dead, revived, 0)
+        return products.decode(revived, W_dec[which], encoder.dtype)
 
-    def nothing(_: None) -> Array:
-        return jnp.zeros((), residual.dtype)
+    def many(_: None) -> Array:
+        # Computed again: kept for this branch, it would be kept in every step.
+        factors = encoder.x, encoder.W_enc, encoder.b_enc, encoder.b_pre
+        again = products.encoder_product(*factors, encoder.dtype)
+        scores = jnp.where(dead, again.pre, -jnp.inf)
+        chosen = select.rows(scores, n_dead, count_max=k)
+        return products.decode(select.keep(again, chosen), W_dec, encoder.dtype)
 
-    return jax.lax.cond(dead.any(), loss, nothing, None)
+    e_hat = jax.lax.cond(n_dead <= k, few, many, None).astype(residual.dtype)
+    error = mse(e_hat, residual, mask)
+    if aux.normalise:
+        spread = mse(mean_rows(residual, mask)[None], residual, mask)
+        error = error / jnp.where(spread > 0, spread, 1)
+    error = jnp.where(n_dead > 0, error, 0)
+    return (aux.coef * error).astype(residual.dtype)

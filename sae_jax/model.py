@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sae_jax import checks, codes, start, treatment
+from sae_jax import checks, codes, products, start, treatment
 from sae_jax.architecture import Architecture
 from sae_jax.codes import Codes
 from sae_jax.contract import Inputs, Weights
@@ -19,7 +19,7 @@ from sae_jax.variables import Forward, Output, Variables
 class SAE(Architecture):
     """A sparse autoencoder, or a transcoder: a description, and what can be done by it.
 
-    `pre = (x - b_dec) @ W_enc + b_enc`, `codes = rule(pre, ...)`,
+    `pre = (x - b_dec) @ W_enc.T + b_enc`, `codes = rule(pre, ...)`,
     `x_hat = codes @ W_dec + b_dec`, all in the treated space. It holds no arrays: those
     are `Variables`, which `init` makes. Its fields are those of `Architecture`.
     """
@@ -35,7 +35,7 @@ class SAE(Architecture):
 
         A `sample` of activations is needed where b_dec starts from data or the
         treatment is "scale"; transcoders then need one of their targets as well.
-        The encoder of a transcoder whose widths differ has random unit columns.
+        The encoder of a transcoder whose widths differ has random unit rows.
         """
         key_matrices, key_rule = jax.random.split(key)
         constants: dict[str, Array] = {}
@@ -129,7 +129,7 @@ class SAE(Architecture):
         b_pre = weights.b_dec if centre else jnp.zeros(self.d_in, self.param_dtype)
         b_enc = weights.b_enc if bias else jnp.zeros_like(weights.b_enc)
         dtype = jnp.dtype(self.dtype)
-        encoder = codes.encoder_product(treated, weights.W_enc, b_enc, b_pre, dtype)
+        encoder = products.encoder_product(treated, weights.W_enc, b_enc, b_pre, dtype)
         inputs = Inputs(treated, encoder, weights, aim, grad_x, mask, key, step)
 
         encoded = self.bound.call(
@@ -176,7 +176,7 @@ class SAE(Architecture):
         weights = self.bound.call(
             self.bound.rule.weights, variables.params, variables.state, **turned
         )
-        checks.shape("W_enc", weights.W_enc, (self.d_in, self.n_features))
+        checks.shape("W_enc", weights.W_enc, (self.n_features, self.d_in))
         checks.shape("W_dec", weights.W_dec, (self.n_features, self.width_out))
         return weights
 
@@ -226,7 +226,7 @@ class SAE(Architecture):
             checks.beside("like", like, self.width_out, codes.strengths(active))
         _, undo = self._treat(like, variables.constants.get("scale_out"))
         weights = self.weights(variables)
-        x_hat = codes.decode(active, weights.W_dec, jnp.dtype(self.dtype))
+        x_hat = products.decode(active, weights.W_dec, jnp.dtype(self.dtype))
         return undo(x_hat + weights.b_dec)
 
     def apply(

@@ -44,14 +44,14 @@ def encode(
     """
     if not train:
         return Encoded(threshold_codes(inputs, state), state, {})
-    scores = jax.nn.relu(jax.lax.stop_gradient(inputs.pre))
+    scores = inputs.pre
     n_valid: Array | int = scores.shape[0]
     if inputs.mask is not None:
-        scores = jnp.where(inputs.mask[:, None], scores, 0)
+        scores = jnp.where(inputs.mask[:, None], scores, -jnp.inf)
         n_valid = inputs.mask.sum()
     count = jnp.maximum(jnp.floor(_whole(k * n_valid)), 1)
     count_max = max(int(_whole(k_max * scores.shape[0])), 1)
-    chosen = select.batch(scores, count, count_max=count_max) & (scores > 0)
+    chosen = select.batch(scores, count, count_max=count_max)
     active = select.keep(inputs.encoder, chosen)
     return Encoded(active, threshold_update(state, active, threshold_decay), {})
 
@@ -69,7 +69,7 @@ def threshold_update(state: State, active: codes.Codes, decay: float) -> State:
     gathered so far, so that early values are not biased towards the start at 0.
     """
     dtype = state["threshold_sum"].dtype
-    values = jax.lax.stop_gradient(codes.strengths(active)).astype(dtype)
+    values = jax.lax.stop_gradient(codes.entries(active)).astype(dtype)
     smallest = jnp.where(values > 0, values, jnp.inf).min()
     seen = jnp.isfinite(smallest)
     total = decay * state["threshold_sum"] + (1 - decay) * jnp.where(seen, smallest, 0)

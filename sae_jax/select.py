@@ -1,93 +1,158 @@
 """Selection: which features stay on. The rules decide by what score; this decides how.
 
 Every function takes scores `[B, F]` and answers with a `Selection`: a boolean mask
-`[B, F]`, or, where the count per row is bounded by a small number, `Rows` of indices.
-The count may be a traced value (schedules, ensembles) below a static ceiling.
-Ties go to the lower index. No gradient goes through a selection.
-
-Nothing here sorts F values per row. Two facts shape the code (jax 0.10, CPU):
-`lax.top_k` is fast in float32 only, other types take a full sort 75 times slower,
-so scores are cast to float32 first (exact for bfloat16); and a static slice of its
-result that does not start at 0 (the k-th value, say) turns it back into a full sort,
-so thresholds are read by a dynamic index.
+`[B, F]`, or, where the number selected is small, `Rows` of indices or `Entries` of the
+whole batch. The count may be a traced value (schedules, ensembles) below a static
+ceiling. Ties go to the lower index. No gradient goes through a selection, and nothing
+here sorts F values per row.
 """
 
-from typing import Literal, NamedTuple, TypeAlias
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sae_jax import codes
+from sae_jax import codes, largest, products
 
 # Sparse codes beat dense ones while K/F is below this: at B=4096, D=768, F=12288
 # on two CPU cores one slot costs 4.3 ms and the dense products as much as 400 slots.
 SPARSE_BELOW = 1 / 32
 
+# Rows at a time. Fewer than all stay in the cache between two passes over them.
+ROWS_ENCODED = 256
+ROWS_CUT = 32
+
 
 class Rows(NamedTuple):
-    """Up to K features for each row; those with `keep` false are not selected."""
+    """Up to K features for each row; those with `keep` false are not selected.
+
+    `picked` are the pre-activations there, where the selection has seen them.
+    """
 
     indices: Int[Array, "B K"]
     keep: Bool[Array, "B K"]
+    picked: Float[Array, "B K"] | None = None
 
 
-Selection: TypeAlias = Bool[Array, "B F"] | Rows
+class Entries(NamedTuple):
+    """Up to N entries of the batch, row by row, any number of them in one row."""
+
+    rows: Int[Array, " N"]
+    features: Int[Array, " N"]
+    keep: Bool[Array, " N"]
+
+
+Selection: TypeAlias = Bool[Array, "B F"] | Rows | Entries
 Cut: TypeAlias = Literal["nearest", "exceed"]
 
 
 def keep(
-    encoder: codes.Encoder, chosen: Selection, *, signed: bool = False
+    encoder: products.Encoder, chosen: Selection, *, signed: bool = False
 ) -> codes.Codes:
     """Codes `relu(pre)`, or `pre` where `signed`, on the chosen features.
 
     They are sparse where the choice is sparse.
     """
     value = (lambda pre: pre) if signed else jax.nn.relu
-    if not isinstance(chosen, Rows):
-        return jnp.where(chosen, value(encoder.pre), 0)
-    picked = codes.preactivations_at(
+    n_rows, n_features = encoder.x.shape[0], encoder.W_enc.shape[0]
+    if isinstance(chosen, Rows):
+        picked = chosen.picked
+        if picked is None:
+            picked = jnp.take_along_axis(encoder.pre, chosen.indices, axis=1)
+        places = codes.Sparse(picked, chosen.indices, n_features)
+        picked = _at(encoder, codes.as_pairs(places)).reshape(picked.shape)
+        values = jnp.where(chosen.keep, value(picked), 0)
+        return codes.Sparse(values, chosen.indices, n_features)
+    if isinstance(chosen, Entries):
+        where = chosen.rows, chosen.features
+        pairs = codes.Pairs(encoder.pre[where], *where, n_rows, n_features)
+        values = jnp.where(chosen.keep, value(_at(encoder, pairs)), 0)
+        return dataclasses.replace(pairs, values=values)
+    return jnp.where(chosen, value(encoder.pre), 0)
+
+
+def _at(encoder: products.Encoder, pairs: codes.Pairs) -> Float[Array, " N"]:
+    """The values of pairs that were read from `pre`, with their gradients."""
+    return products.preactivations_at(
         encoder.x,
         encoder.W_enc,
         encoder.b_enc,
         encoder.b_pre,
-        jax.lax.stop_gradient(encoder.pre),
-        chosen.indices,
+        pairs.rows,
+        pairs.features,
+        jax.lax.stop_gradient(pairs.values),
         encoder.dtype,
     )
-    values = jnp.where(chosen.keep, value(picked), 0)
-    return codes.Sparse(values, chosen.indices, encoder.pre.shape[1])
-
-
-def _fast_top_k(scores: Array, k: int) -> tuple[Array, Array]:
-    wide = jnp.promote_types(jnp.float32, scores.dtype)
-    values, indices = jax.lax.top_k(jax.lax.stop_gradient(scores).astype(wide), k)
-    return values, indices
 
 
 def rows(
-    scores: Float[Array, "B F"], count: Array | float, *, count_max: int
+    scores: Float[Array, "B F"] | products.Encoder,
+    count: Array | float,
+    *,
+    count_max: int,
 ) -> Selection:
-    """The `count` largest scores of each row."""
-    n_rows, n_features = scores.shape
+    """The `count` largest scores of each row.
+
+    Given the encoder instead of scores, it takes the pre-activations, and where the
+    result is sparse computes them for some rows at a time: the whole `[B, F]` never
+    exists, which saves a fifth of encoding and selecting together.
+    """
+    given = scores.pre if isinstance(scores, products.Encoder) else scores
+    n_rows, n_features = given.shape
     count_max = min(count_max, n_features)
-    _, indices = _fast_top_k(scores, count_max)
-    keep = jnp.broadcast_to(jnp.arange(count_max) < count, indices.shape)
-    if count_max < SPARSE_BELOW * n_features:
-        return Rows(indices, keep)
-    mask = jnp.zeros(scores.shape, bool)
-    return mask.at[jnp.arange(n_rows)[:, None], indices].set(keep)
+    sparse = count_max < SPARSE_BELOW * n_features
+    if sparse and isinstance(scores, products.Encoder):
+        picked, indices = _of_encoder(scores, count_max)
+    else:
+        picked, (_, indices) = None, largest.per_row(given, count_max)
+    kept = jnp.broadcast_to(jnp.arange(count_max) < count, indices.shape)
+    if sparse:
+        return Rows(indices, kept, picked)
+    mask = jnp.zeros(given.shape, bool)
+    return mask.at[jnp.arange(n_rows)[:, None], indices].set(kept)
+
+
+def _of_encoder(encoder: products.Encoder, k: int) -> tuple[Array, Array]:
+    """Values and places of the k largest pre-activations of each row."""
+
+    def some(x: Array) -> tuple[Array, Array]:
+        rest = encoder.W_enc, encoder.b_enc, encoder.b_pre, encoder.dtype
+        pre = products.preactivations(x, *rest)
+        # Else the maxima of blocks are fused with the product, which slows it down.
+        return largest.per_row(jax.lax.optimization_barrier(pre), k)
+
+    return by_rows(some, ROWS_ENCODED, encoder.x)
+
+
+def by_rows(fn: Callable, at_once: int, *arrays: Array) -> Any:
+    """`fn(*arrays)` for a function of rows, so many of them at a time."""
+    n_rows = arrays[0].shape[0]
+    if n_rows <= at_once:
+        return fn(*arrays)
+    whole = n_rows // at_once * at_once
+    pieces = [a[:whole].reshape(-1, at_once, *a.shape[1:]) for a in arrays]
+    found = jax.lax.map(lambda piece: fn(*piece), tuple(pieces))
+    found = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), found)
+    if whole == n_rows:
+        return found
+    rest = fn(*(a[whole:] for a in arrays))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), found, rest)
 
 
 def batch(
     scores: Float[Array, "B F"], count: Array | float, *, count_max: int
-) -> Bool[Array, "B F"]:
+) -> Bool[Array, "B F"] | Entries:
     """The `count` largest scores of the whole batch."""
-    flat = scores.reshape(-1)
-    count_max = min(count_max, flat.size)
-    _, indices = _fast_top_k(flat, count_max)
-    mask = jnp.zeros(flat.shape, bool).at[indices].set(jnp.arange(count_max) < count)
-    return mask.reshape(scores.shape)
+    count_max = min(count_max, scores.size)
+    rows, features = largest.of_all(scores, count, count_max=count_max)
+    kept = jnp.arange(count_max) < count
+    if count_max < SPARSE_BELOW * scores.size:
+        return Entries(rows, features, kept)
+    return jnp.zeros(scores.shape, bool).at[rows, features].max(kept)
 
 
 def columns(
@@ -95,7 +160,7 @@ def columns(
 ) -> Bool[Array, "B F"]:
     """The `counts` largest scores of each column; one count for all, or `[F]`."""
     n_rows, n_features = scores.shape
-    _, indices = _fast_top_k(scores.T, min(count_max, n_rows))
+    _, indices = largest.per_row(scores.T, min(count_max, n_rows))
     keep = jnp.arange(indices.shape[1]) < jnp.reshape(jnp.asarray(counts), (-1, 1))
     keep = jnp.broadcast_to(keep, indices.shape)
     mask = jnp.zeros((n_features, n_rows), bool)
@@ -118,13 +183,15 @@ def norm_cut(
     of the target meets it, and entries lost in rounding do not count: else a code that
     is exact draws in every feature of strength 1e-5 (L0 5.4 instead of 3.3, measured).
     """
-    strengths, target = map(jax.lax.stop_gradient, (strengths, target))
-    wide = jnp.promote_types(jnp.float32, strengths.dtype)
-    strengths, target = strengths.astype(wide), target.astype(wide)
-    largest = jnp.maximum(strengths.max(1), target)
-    exponent = jnp.frexp(largest)[1]
+    cut = partial(_norm_cut, how=how)
+    return by_rows(cut, ROWS_CUT, largest.wide(strengths), largest.wide(target))
+
+
+def _norm_cut(strengths: Array, target: Array, *, how: Cut) -> Array:
+    """`norm_cut` of rows that fit into the cache."""
+    exponent = jnp.frexp(jnp.maximum(strengths.max(1), target))[1]
     squares = jnp.square(jnp.ldexp(strengths, -exponent[:, None]))
-    target = jnp.ldexp(target, -exponent) * (1 - 2 * jnp.finfo(wide).eps)
+    target = jnp.ldexp(target, -exponent) * (1 - 2 * jnp.finfo(target.dtype).eps)
 
     cut = _crossing(squares, target)
     above = squares > cut[:, None]

@@ -11,17 +11,17 @@ Start = Literal["zeros", "mean", "geometric_median"]
 
 def matrices(
     key: Array, d_in: int, n_features: int, d_out: int, dtype: Any
-) -> tuple[Float[Array, "D_in F"], Float[Array, "F D_out"]]:
-    """Encoder and decoder: random decoder rows of norm 1, and their transpose.
+) -> tuple[Float[Array, "F D_in"], Float[Array, "F D_out"]]:
+    """Encoder and decoder: the same random rows of norm 1.
 
-    Where the widths differ, as in some transcoders, the encoder has random columns of
-    norm 1 instead.
+    Where the widths differ, as in some transcoders, the encoder has random rows of its
+    own.
     """
     key_dec, key_enc = jax.random.split(key)
     W_dec = _unit_rows(key_dec, (n_features, d_out), dtype)
     if d_in == d_out:
-        return W_dec.T, W_dec
-    return _unit_rows(key_enc, (n_features, d_in), dtype).T, W_dec
+        return W_dec, W_dec
+    return _unit_rows(key_enc, (n_features, d_in), dtype), W_dec
 
 
 def _unit_rows(key: Array, shape: tuple[int, int], dtype: Any) -> Array:

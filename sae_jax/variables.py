@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
-from sae_jax import codes
+from sae_jax import products
 from sae_jax.codes import Codes
 from sae_jax.contract import Params, Penalty, State, Weights
 from sae_jax.treatment import Undo
@@ -14,7 +14,7 @@ class Variables(NamedTuple):
     """All arrays of an SAE.
 
     Attributes:
-      params: what gradients update; `W_enc [D_in, F]`, `b_enc [F]`, `W_dec [F, D_out]`,
+      params: what gradients update; `W_enc [F, D_in]`, `b_enc [F]`, `W_dec [F, D_out]`,
         `b_dec [D_out]`, and whatever the rule learns besides.
       state: the rule's memory, which no gradient updates.
       constants: estimated once from data (the scale of the `scale` treatment).
@@ -40,7 +40,7 @@ class Forward(NamedTuple):
     codes: Codes
     state: State
     penalties: dict[str, Penalty]
-    encoder: codes.Encoder
+    encoder: products.Encoder
     weights: Weights
     target: Float[Array, "B D_out"] | None
     undo: Undo

@@ -116,7 +116,7 @@ def budget_holds_with_ties(bound):
     tied = dict(variables.params)
     if "W_enc" in tied:  # every feature three times, so that scores come in triples
         thrice = jnp.arange(F) // 3
-        tied["W_enc"] = tied["W_enc"][:, thrice]
+        tied["W_enc"] = tied["W_enc"][thrice]
         tied["W_dec"] = tied["W_dec"][thrice]
         tied["b_enc"] = tied["b_enc"][thrice]
     repeated = jnp.tile(rows()[:1], (B, 1))

@@ -19,7 +19,7 @@ Terms = dict[str, float]
 
 
 def preactivations(x: Array, params: Params, *, bias: bool = True) -> Array:
-    pre = (x - params["b_dec"]) @ params["W_enc"]
+    pre = (x - params["b_dec"]) @ params["W_enc"].T
     return pre + params["b_enc"] if bias else pre
 
 

@@ -82,16 +82,22 @@ def deviation(ours, theirs) -> float:
 
 
 def read(path: Path):
-    """The configuration and the arrays of one file; nothing in it is unpickled."""
+    """The configuration and the arrays of one file; nothing in it is unpickled.
+
+    Their encoder has a column for each feature, ours a row.
+    """
     with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+        arrays = {
+            name: file[name].T if name.endswith("/W_enc") else file[name]
+            for name in file.files
+        }
     return json.loads(str(arrays.pop("config"))), arrays
 
 
 def build(config: dict, arrays: dict, dtype: str):
     """Our SAE with their weights, and the training options that repeat their step."""
     spec, options = RULES[config["rule"]]
-    d_in, n_features = arrays["init/W_enc"].shape
+    n_features, d_in = arrays["init/W_enc"].shape
     sae = SAE(
         d_in,
         n_features,

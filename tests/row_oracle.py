@@ -165,7 +165,7 @@ def same_scores(found, expected, tolerance=EXACT):
 def by_hand(W_enc, W_dec, b_dec=None, *, spec="relu", **options):
     """An SAE of given matrices, float32."""
     W_enc, W_dec = jnp.asarray(W_enc, "float32"), jnp.asarray(W_dec, "float32")
-    d_in, n_features = W_enc.shape
+    n_features, d_in = W_enc.shape
     sae = SAE(d_in, n_features, rule=spec, **options)
     variables = sae.init(jax.random.key(0))
     b_dec = jnp.zeros(W_dec.shape[1]) if b_dec is None else jnp.asarray(b_dec)

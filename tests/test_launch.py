@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax
+import numpy as np
 import pytest
 
 import launch
@@ -16,6 +18,14 @@ from sae_jax import settings
 from sae_jax.activations import Shards
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    """Where compiled programs go by default; never the user's own folder."""
+    home = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    return home / "sae_jax" / "xla"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -93,6 +103,8 @@ def test_a_manual_goes_section_by_section():
         "\n"
         "  --experiment: which experiment to run\n"
         "  --dry_run: show what would be run, and stop\n"
+        "  --compile_cache: folder for compiled programs (~/.cache/sae_jax/xla); "
+        "empty: none\n"
         "  --help: this text"
     )
 
@@ -151,17 +163,47 @@ def test_the_defaults_of_every_experiment_can_be_written_out_and_read_back(name)
     assert settings.from_dict(type(config), settings.to_dict(config)) == config
 
 
-def test_a_harvest_from_the_command_line_and_its_second_half(tmp_path):
-    """The default: the embedded model on the embedded text."""
+def test_a_harvest_from_the_command_line_and_its_second_half(tmp_path, cache):
+    """By default the embedded model and text; here nothing compiled is kept."""
     sites = ("resid_pre.1", "head_out.3")
     command = ["--experiment", "harvest", f"--out={tmp_path}", "--rows_per_shard=200"]
+    command += ["--compile_cache="]
     for rows in (200, 300):
         done = run(*command, f"--sites={','.join(sites)}", f"--rows={rows}")
         assert done.returncode == 0, done.stderr
         assert f"{rows} rows of resid_pre.1, head_out.3" in done.stdout
         assert "rows/s" in done.stderr
+    assert not cache.exists()
     assert Shards(tmp_path).widths == dict.fromkeys(sites, 192)
     assert len(Shards(tmp_path)) == 300
+
+
+def test_a_second_start_finds_all_that_the_first_compiled(tmp_path, cache):
+    command = ["--experiment=harvest", "--sites=resid_pre.1", "--rows=200"]
+    kept = []
+    for n in range(2):
+        done = run(*command, f"--out={tmp_path / str(n)}")
+        assert done.returncode == 0, done.stderr
+        for word in ("cache", "feature", "rror"):  # such as: compiled for another CPU
+            assert word not in done.stderr
+        kept.append({p.name: p.stat().st_mtime_ns for p in cache.iterdir()})
+    assert any(name.startswith("jit_forward") for name in kept[0])
+    assert kept[0] == kept[1]
+    one, two = (
+        Shards(tmp_path / str(n)).rows(np.arange(200), ("resid_pre.1",))
+        for n in range(2)
+    )
+    np.testing.assert_array_equal(one["resid_pre.1"], two["resid_pre.1"])
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+    before = jax.config.jax_compilation_cache_dir
+    (tmp_path / "file").touch()
+    launch.keep_programs(str(tmp_path / "file" / "xla"))
+    said = capsys.readouterr().err
+    assert said.startswith("nothing compiled is kept for the next start: ")
+    assert str(tmp_path / "file" / "xla") in said
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_all_faults_of_a_command_are_one_list(tmp_path):
@@ -195,7 +237,7 @@ def test_all_faults_of_a_command_are_one_list(tmp_path):
             ["--experiment=harvst", "--help"],
             2,
             "--experiment: Unknown experiment 'harvst'. Did you mean 'harvest'? Known: "
-            "audit, bench_lm, ",
+            "audit, bench, bench_lm, bench_train, ",
         ),
         ([], 2, "--experiment is one of"),
         (["--experiment=harvest", "--lm=./no"], 2, "--lm: lm='./no' is not a folder"),

@@ -10,7 +10,7 @@ from tests.row_oracle import Case, by_hand, measure
 
 def test_two_rows_of_two_worked_by_hand():
     """Codes [4, 0, 0], [0, 2, 0]; x_hat [2, 0], [0, 2]; mean [2, 1]."""
-    W_enc, W_dec = [[1, 0, -1], [0, 1, 0]], [[0.5, 0], [0, 1], [0, 1]]
+    W_enc, W_dec = [[1, 0], [0, 1], [-1, 0]], [[0.5, 0], [0, 1], [0, 1]]
     x = np.array([[4, 0], [0, 2]], np.float32)
     found, x_hat = measure(Case(*by_hand(W_enc, W_dec), x, None))
     np.testing.assert_array_equal(x_hat, [[2, 0], [0, 2]])
@@ -83,11 +83,11 @@ def test_the_bias_of_a_reconstruction_is_the_factor_that_it_lacks():
 
 def test_scores_do_not_see_norm_that_moves_from_codes_into_decoder_rows():
     rng = np.random.default_rng(3)
-    W_enc, W_dec = rng.normal(size=(4, 9)), rng.normal(size=(9, 4))
+    W_enc, W_dec = rng.normal(size=(2, 9, 4))
     x = rng.normal(size=(41, 4)).astype(np.float32)
-    price = 2.0 ** rng.integers(-3, 4, 9)  # powers of two: no rounding
+    price = 2.0 ** rng.integers(-3, 4, (9, 1))  # powers of two: no rounding
     one, _ = measure(Case(*by_hand(W_enc, W_dec), x, None))
-    other, _ = measure(Case(*by_hand(W_enc * price, W_dec / price[:, None]), x, None))
+    other, _ = measure(Case(*by_hand(W_enc * price, W_dec / price), x, None))
     assert one.scores["l1"] > 0
     for name, value in one.scores.items():
         # float32, and epsilon is a difference.

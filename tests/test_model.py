@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sae_jax
-from sae_jax import SAE, Sparse, codes, fold_scale, select, to_dense
+from sae_jax import SAE, Sparse, codes, fold_scale, products, select, to_dense
 from sae_jax.binding import bind
 from sae_jax.start import geometric_median
 from tests.contract import rows
@@ -22,7 +22,7 @@ KEY = jax.random.key(0)
 def test_start_has_unit_decoder_rows_and_a_tied_encoder():
     params = SAE(16, 64, rule="relu").init(KEY).params
     np.testing.assert_allclose(jnp.linalg.norm(params["W_dec"], axis=1), 1, rtol=1e-6)
-    np.testing.assert_array_equal(params["W_enc"], params["W_dec"].T)
+    np.testing.assert_array_equal(params["W_enc"], params["W_dec"])
     assert not params["b_enc"].any()
     assert not params["b_dec"].any()
 
@@ -66,7 +66,7 @@ def test_standardised_rows_come_back_in_their_own_units():
     params = sae.init(KEY).params
     params = {
         **params,
-        "W_enc": jnp.concatenate([eye, -eye], axis=1),
+        "W_enc": jnp.concatenate([eye, -eye]),
         "W_dec": jnp.concatenate([eye, -eye]),
     }
     x = 40 * rows(3, 9, 8) - 13
@@ -106,13 +106,16 @@ def test_gradients_of_the_model_are_scaled_with_the_input():
     np.testing.assert_allclose(x * grad_x, rows() * rows(4), rtol=1e-5)
 
 
-@pytest.mark.parametrize("below", [0, 1.0])
-def test_functions_of_codes_take_both_forms(below, monkeypatch):
+@pytest.mark.parametrize(
+    ("rule", "below", "form"),
+    [("topk", 0, jax.Array), ("topk", 1.0, Sparse), ("batch_topk", 1.0, codes.Pairs)],
+)
+def test_functions_of_codes_take_all_forms(rule, below, form, monkeypatch):
     monkeypatch.setattr(select, "SPARSE_BELOW", below)
-    sae = SAE(16, 64, rule="topk(k=5)")
+    sae = SAE(16, 64, rule=f"{rule}(k=5)")
     variables = sae.init(KEY)
-    active = sae.encode(variables, rows())
-    assert isinstance(active, Sparse) == (below == 1)
+    active = sae.forward(variables, rows(), train=True).codes
+    assert isinstance(active, form)
     dense = np.asarray(to_dense(active))
     W_dec = variables.params["W_dec"]
     mask = jnp.arange(24) < 7
@@ -120,8 +123,13 @@ def test_functions_of_codes_take_both_forms(below, monkeypatch):
     np.testing.assert_allclose(codes.norm(active), np.linalg.norm(dense, axis=1), 1e-6)
     np.testing.assert_array_equal(codes.fired(active, None), (dense != 0).any(0))
     np.testing.assert_array_equal(codes.fired(active, mask), (dense[:7] != 0).any(0))
+    np.testing.assert_array_equal(codes.counts(active, mask), (dense[:7] != 0).sum(0))
+    np.testing.assert_allclose(codes.strengths(active).sum(1), dense.sum(1), 1e-6)
+    assert codes.entries(codes.astype(active, jnp.bfloat16)).dtype == jnp.bfloat16
+    x_hat = products.decode(active, W_dec, jnp.float32)
+    np.testing.assert_allclose(x_hat, dense @ np.asarray(W_dec), atol=1e-5)
     part = dense[:, 10:30] @ np.asarray(W_dec)[10:30]
-    found = codes.decode_part(active, W_dec, 10, 30, jnp.float32)
+    _, found, _ = products.decode_slices(active, W_dec, [10, 30, 64], jnp.float32)
     np.testing.assert_allclose(found, part, atol=1e-5)
 
 
@@ -254,7 +262,7 @@ def test_standardise_decodes_only_with_the_rows_it_came_from():
 
 def test_variables_of_another_sae_are_refused():
     small, large = SAE(16, 32, rule="topk(k=2)"), SAE(16, 64, rule="topk(k=2)")
-    with pytest.raises(ValueError, match=r"W_enc has shape \(16, 32\), this SAE needs"):
+    with pytest.raises(ValueError, match=r"W_enc has shape \(32, 16\), this SAE needs"):
         large.encode(small.init(KEY), rows())
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import sae_jax
 from sae_jax import SAE, AuxK, Sparse, Variables, select, to_dense
+from sae_jax.codes import Pairs
 from sae_jax.rules.jump_relu import jump, step
 from sae_jax.training.step import loss_terms
 from tests import oracles
@@ -80,7 +81,7 @@ def case(spec, seed=0, b=7, d=16, f=64, tied=False, edges=False, **options):
         params["W_dec"][:, 4:] = 0  # rows of norm 2...
         params["W_dec"][::3] *= 2  # ...or 4
     if edges:
-        params["W_enc"][0] = -0.5 - np.abs(params["W_enc"][0])
+        params["W_enc"][:, 0] = -0.5 - np.abs(params["W_enc"][:, 0])
         x[0] = 90 * np.eye(d)[0]  # every pre-activation negative
         x[1] = params["b_dec"]  # nothing left after centring
         assert (oracles.preactivations(x, params)[0] < 0).all()
@@ -237,17 +238,17 @@ def test_aux_k_and_its_gradients_equal_the_oracle(spec, detach, normalise):
         settings = {"aux": aux, "idle": 4 + dead, "gradients": True}
         _, terms, ours = measured(c, share=(0.0, 1.0), **settings)
         close(terms["aux"], value(c.params))
-        live_columns = np.asarray(ours["W_enc"])[:, ~dead]
-        live_rows = np.asarray(ours["W_dec"])[~dead]
-        assert not detach or not (live_columns.any() or live_rows.any())
+        live = [np.asarray(ours[name])[~dead] for name in ("W_enc", "W_dec")]
+        assert not detach or not any(rows.any() for rows in live)
         if n_dead == 6:
             close(ours, differences(c, value), DIFFERENCES)
 
 
+@pytest.mark.parametrize("spec", ["topk(k=4)", "batch_topk(k=4)", "matryoshka(k=4)"])
 @pytest.mark.parametrize("d_out", [None, 12])
 @pytest.mark.parametrize("normalise", [False, True])
-def test_sparse_codes_change_nothing(monkeypatch, d_out, normalise):
-    c = case("topk(k=4)", seed=7, d_out=d_out, edges=d_out is None)
+def test_sparse_codes_change_nothing(monkeypatch, spec, d_out, normalise):
+    c = case(spec, seed=7, d_out=d_out, edges=d_out is None)
     target = None if d_out is None else c.x[:, :d_out] ** 2
     aux = AuxK(8, 0.4, 5, normalise, detach=False)
     settings = {"aux": aux, "idle": np.arange(64) % 7, "target": target}
@@ -256,7 +257,7 @@ def test_sparse_codes_change_nothing(monkeypatch, d_out, normalise):
         monkeypatch.setattr(select, "SPARSE_BELOW", below)
         out, terms, own = measured(c, gradients=True, share=(1.0, 0.0), **settings)
         _, _, of_aux = measured(c, gradients=True, share=(0.0, 1.0), **settings)
-        assert isinstance(out.codes, Sparse) == (below == 1)
+        assert isinstance(out.codes, Sparse | Pairs) == (below == 1)
         same_codes(out.codes, c.codes())
         results.append(dict(enumerate([terms, own, of_aux])))
         close({n: v for n, v in terms.items() if n != "aux"}, c.terms(target=target))
@@ -269,7 +270,7 @@ def test_evaluation_uses_the_running_threshold_of_the_oracle(name):
     rng = np.random.default_rng(8)
     batches = [rng.normal(size=c.x.shape) for _ in range(5)]
     batches.insert(3, np.zeros_like(c.x))  # a batch without a positive code
-    bias = np.minimum(c.params["b_enc"], c.params["b_dec"] @ c.params["W_enc"] - 0.1)
+    bias = np.minimum(c.params["b_enc"], c.params["W_enc"] @ c.params["b_dec"] - 0.1)
     c, held_out, seen = with_params(c, {**c.params, "b_enc": bias}), c.x, []
     encode = jax.jit(c.sae.encode)
     for x in batches:

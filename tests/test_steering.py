@@ -46,7 +46,7 @@ def made(rule="relu(coef=0.01)", *, seed=0, **options):
 def by_hand():
     """Two wide, three features: x, y, and a long one to the lower left."""
     params = {
-        "W_enc": jnp.array([[1.0, 0.0, -1.0], [0.0, 1.0, -1.0]]),
+        "W_enc": jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]),
         "b_enc": jnp.zeros(3),
         "W_dec": jnp.array([[2.0, 0.0], [0.0, 3.0], [-1.0, -4.0]]),
         "b_dec": jnp.zeros(2),
@@ -168,7 +168,7 @@ def test_clamping_again_does_nothing_where_the_sae_is_perfect():
     columns, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(D, D)))
     W_enc = jnp.asarray(columns, jnp.float32)
     zeros = jnp.zeros(D)
-    params = {"W_enc": W_enc, "b_enc": zeros, "W_dec": W_enc.T, "b_dec": zeros}
+    params = {"W_enc": W_enc, "b_enc": zeros, "W_dec": W_enc, "b_dec": zeros}
     sae = TrainedSAE(SAE(D, D, rule="relu(coef=0.1)"), Variables(params, {}, {}))
     codes = np.random.default_rng(1).uniform(0, 3, (B, T, D)).astype(np.float32)
     x = sae.decode(codes)

@@ -22,7 +22,8 @@ from sae_jax import (
     require_finite,
     to_dense,
 )
-from sae_jax.training.optim import project, unit_rows
+from sae_jax.codes import l0
+from sae_jax.training.optim import finished, project, unit_rows
 from tests.contract import rows
 
 KEY = jax.random.key(0)
@@ -44,7 +45,11 @@ def row_norms(state):
 
 def test_decoder_rows_are_unit_after_the_step_or_before_or_never():
     sae = SAE(16, 64, rule="relu")
-    assert abs(row_norms(run(sae, decoder_norm="after")[0]) - 1).max() < 1e-6
+    started = run(sae, decoder_norm="start")[0]
+    assert 1e-6 < abs(row_norms(started) - 1).max() < 0.02
+    for name, off in (("start", False), ("before", True), ("free", True)):
+        left = finished(started.variables.params, name)
+        assert (abs(jnp.linalg.norm(left["W_dec"], axis=1) - 1).max() > 1e-6) == off
     before = abs(row_norms(run(sae, decoder_norm="before")[0]) - 1).max()
     assert 1e-5 < before < 0.05, "off by one step"
     assert abs(row_norms(run(sae, 20, decoder_norm="free")[0]) - 1).max() > 0.05
@@ -101,7 +106,7 @@ def test_idle_features_are_counted_and_then_revived():
     """Ten features that never win are counted, and learn once AuxK sees them."""
     sae = SAE(16, 64, rule="topk(k=4)")
     variables = sae.init(KEY)
-    W_enc = variables.params["W_enc"].at[:, :10].multiply(0.01)
+    W_enc = variables.params["W_enc"].at[:10].multiply(0.01)
     variables = variables._replace(params={**variables.params, "W_enc": W_enc})
     optimiser = adam(1e-2)
     for dead_after, coef in ((3, 1.0), (99, 1.0)):
@@ -113,7 +118,7 @@ def test_idle_features_are_counted_and_then_revived():
             if i < 2:
                 assert idle == i + 1
                 assert metrics["dead"] == 0
-        moved = abs(state.variables.params["W_enc"] - W_enc)[:, :10].max()
+        moved = abs(state.variables.params["W_enc"] - W_enc)[:10].max()
         assert (moved > 0) == (dead_after == 3)
         assert (metrics["loss_aux"] > 0) == (dead_after == 3)
 
@@ -186,7 +191,7 @@ def test_a_fractional_budget_is_the_same_traced_or_not(k, n):
     sae = SAE(16, 64, rule=f"batch_topk(k={k})")
     variables = sae.init(KEY)
     counts = [
-        int((sae.forward(variables, rows(0, n), train=True, **knob).codes > 0).sum())
+        int(l0(sae.forward(variables, rows(0, n), train=True, **knob).codes).sum())
         for knob in ({}, {"knob": jnp.float32(k)})
     ]
     assert counts == [max(1, int(k * n + 1e-9))] * 2

@@ -178,7 +178,7 @@ def toy_tied_init(key, params):
 
 def toy_tied_weights(params, state):
     W_dec = params["W_dec"]
-    return Weights(W_dec.T, params["b_enc"], W_dec, params["b_dec"])
+    return Weights(W_dec, params["b_enc"], W_dec, params["b_dec"])
 
 
 register(

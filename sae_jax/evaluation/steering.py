@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sae_jax import checks, codes
+from sae_jax import checks, codes, products
 from sae_jax.lm.edits import Edit, apply
 from sae_jax.model import SAE
 from sae_jax.trained import TrainedSAE
@@ -98,7 +98,7 @@ class _Steer:
             change = amounts - codes.to_dense(out.codes)[:, features]
         # Few rows of the decoder: not rounded, even where the SAE's products are.
         directions = out.weights.W_dec[features]
-        moved = codes.dot(change, directions, self.sae.param_dtype) * out.undo.factor
+        moved = products.dot(change, directions, self.sae.param_dtype) * out.undo.factor
         return (rows + moved).reshape(old.shape)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sae_jax import codes
+from sae_jax import products
 from sae_jax.contract import (
     Encoded,
     Inputs,
@@ -22,7 +22,7 @@ def gated(
     """Features with a positive gate are on, with the strength of their magnitude path.
 
     Rajamanoharan et al. 2024, arXiv:2404.16014. Both paths share the encoder: with
-    `u = (x - b_dec) @ W_enc`, gate `pi = u + b_enc` and magnitude
+    `u = (x - b_dec) @ W_enc.T`, gate `pi = u + b_enc` and magnitude
     `m = relu(exp(r_mag) * u + b_mag)`, `codes = [pi > 0] * m`. Loss terms:
     `l1 = coef * mean_rows(sum_j relu(pi_j))` and `gate = mse(relu(pi) @ sg(W_dec) +
     sg(b_dec), target)`, which trains the gate, since [pi > 0] has no gradient.
@@ -37,7 +37,7 @@ def gated(
     W_dec, b_dec = map(
         jax.lax.stop_gradient, (inputs.weights.W_dec, inputs.weights.b_dec)
     )
-    from_gate = codes.decode(gate, W_dec, inputs.encoder.dtype) + b_dec
+    from_gate = products.decode(gate, W_dec, inputs.encoder.dtype) + b_dec
     error = jnp.square(from_gate - inputs.target).mean(1)
     penalties = {"l1": Penalty(coef, gate.sum(1)), "gate": Penalty(1.0, error)}
     return Encoded(active, state, penalties)

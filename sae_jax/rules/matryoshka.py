@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from sae_jax import codes, over_batch
+from sae_jax import codes, over_batch, products
 from sae_jax.contract import (
     Reconstructions,
     Rule,
@@ -31,14 +31,15 @@ def nested(
     Differs: their code counts the bias alone as one more group; here that is the option
     `bias_group`. Prefixes are given as fractions of F, by default theirs.
     """
-    total, low = weights.b_dec[None], 0
+    total = weights.b_dec[None]
     x_hats = [total] if bias_group else []
-    n_features = weights.W_dec.shape[0]
+    edges: list[int] = []
     for fraction in prefixes:
-        high = max(low + 1, round(fraction * n_features))
-        total = total + codes.decode_part(active, weights.W_dec, low, high, dtype)
+        length = round(fraction * weights.W_dec.shape[0])
+        edges.append(max(length, edges[-1] + 1 if edges else 1))
+    for part in products.decode_slices(active, weights.W_dec, edges, dtype):
+        total = total + part
         x_hats.append(total)
-        low = high
     return Reconstructions(x_hats, [1 / len(x_hats)] * len(x_hats))
 
 

@@ -34,9 +34,9 @@ def top_afa(
 ) -> Encoded:
     """Keeps the strongest features until their norm meets that of the input.
 
-    With `a = relu((x - b_dec) @ W_enc)` and strengths `s_j = a_j * ||d_j||`, c_m is the
-    norm of the m largest strengths of a row. The m with c_m nearest to the target norm
-    stay on (`how="exceed"`: the first m with c_m >= target). Loss term:
+    With `a = relu((x - b_dec) @ W_enc.T)` and strengths `s_j = a_j * ||d_j||`, c_m is
+    the norm of the m largest strengths of a row. The m with c_m nearest to the target
+    norm stay on (`how="exceed"`: the first m with c_m >= target). Loss term:
     `coef * mean_rows((||codes|| - ||x||)**2)`, which teaches the encoder to be as long
     as its input.
 

@@ -12,12 +12,12 @@ def topk(inputs: Inputs, *, k: int | Array = 32, k_max: float) -> select.Selecti
     """Keeps the k largest pre-activations of each row.
 
     Gao et al. 2024, arXiv:2406.04093: `codes = relu(pre)` on the k largest entries of
-    `pre = (x - b_dec) @ W_enc + b_enc`, 0 elsewhere.
+    `pre = (x - b_dec) @ W_enc.T + b_enc`, 0 elsewhere.
 
     Differs: none, but that a fractional k, as a schedule passes through, is rounded
     up. The Top-AFA authors' code leaves b_enc out (`encoder_bias=False`).
     """
-    return select.rows(inputs.pre, k, count_max=math.ceil(k_max))
+    return select.rows(inputs.encoder, k, count_max=math.ceil(k_max))
 
 
 register(

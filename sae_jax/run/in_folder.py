@@ -13,6 +13,7 @@ from sae_jax.run.folder import RunFolder
 from sae_jax.run.log import JsonLines, Log, TensorBoard, Timing, Wandb, read_lines
 from sae_jax.run.loop import EVERY, Evaluate, Every, Loop
 from sae_jax.run.members import Member, Stream
+from sae_jax.run.profile import Profile
 from sae_jax.run.stop import Stop
 from sae_jax.trained import TrainedSAE
 from sae_jax.training.recipe import Recipe
@@ -32,6 +33,7 @@ def train_in_folder(
     evaluate: Evaluate | None = None,
     about: Mapping[str, Any] | None = None,
     wandb: str = "",
+    profile: int = 0,
     progress: bool = True,
 ) -> dict[str, TrainedSAE]:
     """Trains, or goes on training, and saves the SAEs below `path`.
@@ -47,6 +49,7 @@ def train_in_folder(
       evaluate: called with the name, description and arrays of a member.
       about: provenance, kept with every SAE.
       wandb: project of Weights & Biases, if metrics go there as well.
+      profile: how many steps to trace, into the folder's `profile`.
       progress: whether to show a bar.
     """
 
@@ -79,6 +82,7 @@ def train_in_folder(
             evaluate=evaluate,
             timing=timing,
             stop=stop,
+            profile=Profile(folder / "profile", profile) if profile else None,
             progress=progress,
         ).run()
         lines = read_lines(folder / METRICS)  # those before a resume as well

@@ -18,6 +18,7 @@ from sae_jax.model import SAE
 from sae_jax.run.checkpoints import Checkpoints
 from sae_jax.run.log import Log, Timing, plain
 from sae_jax.run.members import Held, Member, Rows, Stream, compile_steps, fresh, shapes
+from sae_jax.run.profile import Profile
 from sae_jax.run.progress import Progress
 from sae_jax.run.stop import Stop, nothing_to_save
 from sae_jax.trained import TrainedSAE
@@ -74,6 +75,7 @@ class Loop:
       evaluate: called with the name, description and arrays of a member.
       timing: notes when windows of steps end.
       stop: what saves when the process is told to end.
+      profile: traces some steps.
       progress: whether to show a bar.
     """
 
@@ -89,6 +91,7 @@ class Loop:
         evaluate: Evaluate | None = None,
         timing: Timing | None = None,
         stop: Stop | None = None,
+        profile: Profile | None = None,
         progress: bool = True,
     ):
         checks.raise_all(
@@ -100,7 +103,7 @@ class Loop:
         self.every, self.checkpoints, self.evaluate = every, checkpoints, evaluate
         self.history: dict[str, list[dict[str, Any]]] = {name: [] for name in members}
         self._open_logs, self._show, self._stop = logs, progress, stop or Stop()
-        self._timing = timing
+        self._timing, self._profile = timing, profile
         self._unread: tuple[int, dict[str, Window]] | None = None
 
     def run(self) -> dict[str, TrainedSAE]:
@@ -137,6 +140,8 @@ class Loop:
 
     def _end(self) -> None:
         """Closes the logs; a stop from here on has nothing to save."""
+        if self._profile:
+            self._profile.end(self._point.held)
         with self._stop.lock:
             self._stop.save = nothing_to_save
             for log in self._logs:
@@ -147,8 +152,12 @@ class Loop:
         steps = {}
         if rows is not None:
             steps = compile_steps(self.members, self.recipe, self._point.held, rows)
+        if self._profile:
+            self._profile.explain(steps.values())
         while True:
             t = self._point.step
+            if self._profile:
+                self._profile.between_steps(self._point.held, last=rows is None)
             logged = self._duties(t, last=rows is None)
             if rows is None:
                 return
@@ -261,5 +270,5 @@ class Loop:
             "rows": self._point.step * self.stream.batch,
             "recipe": dataclasses.asdict(self.recipe),
         }
-        sae = self.recipe.knob.reached(member.sae, state.step, state.control)
-        return TrainedSAE(sae, state.variables, about, self.history[name])
+        sae, variables = self.recipe.reached(member.sae, state)
+        return TrainedSAE(sae, variables, about, self.history[name])

@@ -13,10 +13,11 @@ from jaxtyping import Array
 
 from sae_jax import checks, codes, losses
 from sae_jax.architecture import DType
+from sae_jax.contract import Params
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
 from sae_jax.training.knob import CONSTANT, Knob
-from sae_jax.training.optim import DecoderNorm, project, unit_rows
+from sae_jax.training.optim import DecoderNorm, project, unit_rows, waiting
 from sae_jax.variables import Forward, Variables
 
 
@@ -78,11 +79,9 @@ def init_state(
     key_init, key_steps = jax.random.split(key)
     if variables is None:
         variables = sae.init(key_init, sample=sample, target_sample=target_sample)
-    # The step reuses the buffers of its state: none may be shared, with the caller's
-    # variables or with one another.
-    variables, opt_state = jax.tree.map(
-        jnp.copy, (variables, optimiser.init(variables.params))
-    )
+    else:
+        variables = jax.tree.map(jnp.copy, variables)  # these stay the caller's
+    variables, opt_state = _apart((variables, optimiser.init(variables.params)))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
@@ -93,12 +92,25 @@ def init_state(
     )
 
 
+def _apart(arrays: Any) -> Any:
+    """The same arrays, none of which stands in two places.
+
+    The step reuses the buffers of its state, so none may be shared.
+    """
+    leaves, treedef = jax.tree.flatten(arrays)
+    seen: set[int] = set()
+    for i, leaf in enumerate(leaves):
+        leaves[i] = jnp.copy(leaf) if id(leaf) in seen else leaf
+        seen.add(id(leaf))
+    return jax.tree.unflatten(treedef, leaves)
+
+
 def make_step(
     sae: SAE,
     optimiser: optax.GradientTransformation,
     *,
     aux: AuxK | Literal["default"] | None = "default",
-    decoder_norm: DecoderNorm = "after",
+    decoder_norm: DecoderNorm = "start",
     knob: Knob = CONSTANT,
     loss_dtypes: Mapping[str, DType] = MappingProxyType({}),
     jit: bool = True,
@@ -107,15 +119,18 @@ def make_step(
 
     Loss: `sum_r coefficient_r * mse(x_hat_r, target)`, plus the rule's own terms, plus
     `AuxK`. Gradients of decoder rows lose their part along the row, the optimiser (with
-    its clipping) takes its step, rows are divided by their norms.
+    its clipping) takes its step.
 
     Args:
       sae: what is trained.
       optimiser: an optax chain, such as `optim.adam(3e-4)`.
       aux: auxiliary loss for dead features; "default": on if the rule's record says so.
-      decoder_norm: when decoder rows return to norm 1. "after" the optimiser's step;
-        "before" it, the order of the Top-AFA authors' code, which leaves rows off by
-        one step, for replication; "free": never, and gradients are not projected.
+      decoder_norm: when decoder rows are divided by their norms. "start": as the first
+        thing of a step, so that all of it sees norm 1; what the last step leaves is
+        up to `optim.finished` (dividing after the optimiser comes to the same and takes
+        a third longer, since it needs the new rows twice). "before" the optimiser's
+        step, the order of the Top-AFA authors' code, which leaves rows off by one
+        step, for replication. "free": never, and gradients are not projected.
       knob: schedule on the rule's knob.
       loss_dtypes: type in which a loss term is taken, by name (`mse`, `aux`, the rule's
         own); otherwise that of the parameters. For replication: the Top-AFA authors'
@@ -138,51 +153,60 @@ def make_step(
         if "x" not in batch:
             raise ValueError("A batch needs 'x', activations [rows, d_in].")
         turned = knob.value(sae, state.step, state.control)
+        mask = batch.get("mask")
+        one = jnp.int32(1) if mask is None else mask.any().astype(jnp.int32)
 
-        def loss_fn(params):
+        def loss_fn(params: Params, some_dead: bool) -> Any:
             variables = state.variables._replace(params=params)
             out = sae.forward(
                 variables,
                 batch["x"],
                 target=batch.get("target"),
                 grad_x=batch.get("grad"),
-                mask=batch.get("mask"),
+                mask=mask,
                 key=jax.random.fold_in(state.key, state.step),
                 step=state.step,
                 train=True,
                 knob=turned,
             )
-            fired = codes.fired(out.codes, batch.get("mask"))
-            mask = batch.get("mask")
-            one = 1 if mask is None else mask.any().astype(jnp.int32)
+            fired = codes.fired(out.codes, mask)
             steps_idle = jnp.where(fired, 0, state.steps_idle + one)
-            terms = loss_terms(out, mask, steps_idle, aux, dtypes=loss_dtypes)
-            return sum(terms.values()), (out, terms, steps_idle)
+            terms = loss_terms(
+                out, mask, steps_idle if some_dead else None, aux, dtypes=loss_dtypes
+            )
+            seen = {f"loss_{name}": value for name, value in terms.items()}
+            seen["nmse"] = nmse(out, mask)
+            seen["l0"] = losses.mean_rows(codes.l0(out.codes).astype(jnp.float32), mask)
+            return sum(terms.values()), (out.state, steps_idle, seen)
+
+        def gradients(params: Params, some_dead: bool = True) -> Any:
+            return jax.value_and_grad(loss_fn, has_aux=True)(params, some_dead)
 
         params = state.variables.params
-        (loss, (out, terms, steps_idle)), grads = jax.value_and_grad(
-            loss_fn, has_aux=True
-        )(params)
+        if decoder_norm == "start":
+            params = unit_rows(params)
+        if aux is None:
+            found = gradients(params)
+        else:
+            # Decided outside the gradient: inside it, the branch without dead features
+            # would still add zeros to each gradient.
+            some_dead = (state.steps_idle + one >= aux.dead_after).any()
+            alive = functools.partial(gradients, some_dead=False)
+            found = jax.lax.cond(some_dead, gradients, alive, params)
+        (loss, (rule_state, steps_idle, seen)), grads = found
 
         grad_norm = optax.tree.norm(grads)
         if decoder_norm != "free":
             grads = project(grads, params)
+        grads = waiting(grads, grad_norm)
         if decoder_norm == "before":
             params = unit_rows(params)
         updates, opt_state = optimiser.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
-        if decoder_norm == "after":
-            params = unit_rows(params)
-
-        l0 = losses.mean_rows(
-            codes.l0(out.codes).astype(jnp.float32), batch.get("mask")
-        )
         metrics = {
             "step": state.step,
             "loss": loss,
-            **{f"loss_{name}": value for name, value in terms.items()},
-            "nmse": nmse(out, batch.get("mask")),
-            "l0": l0,
+            **seen,
             "dead": dead(steps_idle, aux).sum(),
             "grad_norm": grad_norm,
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
@@ -191,10 +215,10 @@ def make_step(
             metrics["knob"] = turned
         state = TrainState(
             step=state.step + 1,
-            variables=Variables(params, out.state, state.variables.constants),
+            variables=Variables(params, rule_state, state.variables.constants),
             opt_state=opt_state,
             steps_idle=steps_idle,
-            control=knob.steer(sae, state.control, l0),
+            control=knob.steer(sae, state.control, seen["l0"]),
             key=state.key,
         )
         return state, metrics
@@ -210,12 +234,15 @@ def dead(steps_idle: Array, aux: AuxK | None) -> Array:
 def loss_terms(
     out: Forward,
     mask: Array | None,
-    steps_idle: Array,
+    steps_idle: Array | None,
     aux: AuxK | None,
     *,
     dtypes: Mapping[str, DType] = MappingProxyType({}),
 ) -> Metrics:
-    """The terms whose sum is the loss, each with its coefficient in it."""
+    """The terms whose sum is the loss, each with its coefficient in it.
+
+    `steps_idle` None says that no feature can be dead.
+    """
     assert out.target is not None  # training has one, or forward would have said so
     known = {"mse", "aux", *out.penalties}
     checks.raise_all(
@@ -233,14 +260,10 @@ def loss_terms(
         terms[name] = coef * losses.mean_rows(cast(name, per_row), mask)
     if aux is not None:
         residual = cast("aux", out.target) - cast("aux", out.x_hats[-1])
-        terms["aux"] = losses.aux_k(
-            aux,
-            out.encoder,
-            dead(steps_idle, aux),
-            out.weights.W_dec,
-            residual,
-            mask,
-        )
+        terms["aux"] = jnp.zeros((), residual.dtype)
+        if steps_idle is not None:
+            idle, W_dec = dead(steps_idle, aux), out.weights.W_dec
+            terms["aux"] = losses.aux_k(aux, out.encoder, idle, W_dec, residual, mask)
     return terms
 
 

@@ -1,0 +1,120 @@
+"""The largest of many numbers, without sorting them.
+
+Two facts shape the code (jax 0.10, CPU): `lax.top_k` is fast in float32 only, other
+types take a full sort 75 times slower, so scores are cast to float32 first (exact for
+bfloat16); and a static slice of its result that does not start at 0 (the k-th value,
+say) turns it back into a full sort, so thresholds are read by a dynamic index.
+
+Both functions first look at the maxima of blocks of 16: each of the n largest numbers
+lies in one of the n blocks with the largest maxima. Ties go to the lower index.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+BLOCK = 16
+GROUP = 64  # lanes that are searched at once; 16 and 64 take 2 to 3 ms of a step
+
+
+def wide(scores: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Scores in a type that is fast to compare; no gradient passes."""
+    kind = jnp.promote_types(jnp.float32, scores.dtype)
+    return jax.lax.stop_gradient(scores).astype(kind)
+
+
+def per_row(
+    scores: Float[Array, "B F"], k: int
+) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """`lax.top_k(scores, k)`; at k=32 and F=49,152 in two fifths of its time."""
+    scores = wide(scores)
+    n_rows, n_features = scores.shape
+    if n_features % BLOCK or k * BLOCK * 8 > n_features:
+        return _top_k(scores, k)
+    blocks = scores.reshape(n_rows, -1, BLOCK)
+    _, found = jax.lax.top_k(blocks.max(2), k)
+    found = jax.lax.sort(found, dimension=1)  # so that the lower index comes first
+    indices = (found[:, :, None] * BLOCK + jnp.arange(BLOCK)).reshape(n_rows, -1)
+    values, places = jax.lax.top_k(jnp.take_along_axis(scores, indices, axis=1), k)
+    return values, jnp.take_along_axis(indices, places, axis=1)
+
+
+def _top_k(scores: Array, k: int) -> tuple[Array, Array]:
+    values, indices = jax.lax.top_k(scores, k)
+    return values, indices
+
+
+def of_all(
+    scores: Float[Array, "R C"], count: Array | float, *, count_max: int
+) -> tuple[Int[Array, " N"], Int[Array, " N"]]:
+    """Rows and columns of the `count` largest scores of all, in reading order.
+
+    There are `count_max` slots; those from `count` on hold anything. At B=1024,
+    F=12288 and 32,768 to be found this takes a seventh of the time of `lax.top_k`
+    over all of them.
+    """
+    n_rows, n_columns = scores.shape
+    bits = _ordered(wide(scores))
+    if n_columns % BLOCK:  # filled up with what is below every score
+        bits = jnp.pad(bits, ((0, 0), (0, -n_columns % BLOCK)))
+    blocks = bits.reshape(n_rows, -1, BLOCK)
+    n_blocks = blocks.shape[1]
+    n_found = min(count_max, n_rows * n_blocks)
+    found = _places(blocks.max(2), jnp.minimum(count, n_found), n_found)
+    row, block = found // n_blocks, found % n_blocks
+    used = jnp.arange(n_found) < count
+    place = _places(jnp.where(used[:, None], blocks[row, block], 0), count, count_max)
+    which = place // BLOCK
+    column = block[which] * BLOCK + place % BLOCK
+    return row[which], jnp.minimum(column, n_columns - 1)
+
+
+def _ordered(scores: Array) -> Array:
+    """Unsigned integers above 0 in the order of scores of 4 or 8 bytes."""
+    bits = {4: jnp.uint32, 8: jnp.uint64}[scores.dtype.itemsize]
+    raw = jax.lax.bitcast_convert_type(scores, bits)
+    sign = jnp.ones((), bits) << (8 * scores.dtype.itemsize - 1)
+    return jnp.where(raw >= sign, ~raw, raw | sign)
+
+
+def _places(bits: UInt[Array, "R C"], count: Array | float, n: int) -> Int[Array, " n"]:
+    """Where the `count` largest are, as ascending positions in the flat array."""
+    least = _kth(bits, count)
+    above, level = bits > least, bits == least
+    room = count - above.sum()
+
+    def some(_: None) -> Array:
+        return above | (level & (jnp.cumsum(level).reshape(level.shape) <= room))
+
+    partly = room < level.sum()
+    mask = jax.lax.cond(partly, some, lambda _: above | level, None)
+    return _compacted(mask.reshape(-1), n)
+
+
+def _kth(bits: UInt[Array, "R C"], count: Array | float) -> UInt[Array, ""]:
+    """The `count`-th largest, found bit by bit."""
+    n_bits = 8 * bits.dtype.itemsize
+
+    def halve(i: Array, found: Array) -> Array:
+        one = jnp.ones((), bits.dtype)
+        trial = found | (one << (n_bits - 1 - i).astype(bits.dtype))
+        # Sums of floats are fast, of booleans eight times slower; exact in a row.
+        enough = jnp.where(bits >= trial, 1.0, 0.0).sum(1).astype(jnp.int32).sum()
+        return jnp.where(enough >= count, trial, found)
+
+    return jax.lax.fori_loop(0, n_bits, halve, jnp.zeros((), bits.dtype))
+
+
+def _compacted(mask: Bool[Array, " M"], n: int) -> Int[Array, " n"]:
+    """The first n positions where the mask is true; anything once there are no more."""
+    groups = jnp.pad(mask, (0, -mask.shape[0] % GROUP)).reshape(-1, GROUP)
+    held = groups.sum(1)
+    until = jnp.cumsum(held)
+    slot = jnp.arange(n)
+    group = jnp.searchsorted(until, slot, side="right")
+    group = jnp.minimum(group, groups.shape[0] - 1)
+    rank = slot - (until - held)[group]
+    upper = jnp.triu(jnp.ones((GROUP, GROUP), jnp.float32))
+    before = groups[group].astype(jnp.float32) @ upper  # a running count, exact
+    lane = (before < (rank + 1)[:, None]).sum(1)
+    return jnp.minimum(group * GROUP + lane, mask.shape[0] - 1)
