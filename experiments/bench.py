@@ -17,8 +17,9 @@ Leaves:   runs/bench/bench.json, bench.png
 Columns of a row: rule; B rows in a batch; D their width; F features; k (none where the
 rule has no budget); ms, ms_min, ms_max: median, least and most of our steps; peer;
 ratio_to_peer and ratio_to_encoder_matmul: our time over theirs; peak_mb, peer_peak_mb:
-memory at the highest point over that of the bare process, in 10^6 bytes, ours with what
-the compiler took; peer_ms; compile_s: seconds of our first step. Beside the rows,
+memory at the highest point of the timed steps over that of the bare process, in 10^6
+bytes (building and compiling come before, and give back what they can);
+peer_ms; compile_s: seconds of our first step. Beside the rows,
 first_mse has the mean-MSE of the first batch, which must be the same for all systems.
 """
 

@@ -168,14 +168,19 @@ def columns(
 
 
 def norm_cut(
-    strengths: Float[Array, "B F"], target: Float[Array, " B"], *, how: Cut = "nearest"
+    scores: Float[Array, "B F"],
+    target: Float[Array, " B"],
+    *,
+    lengths: Float[Array, " F"] | None = None,
+    how: Cut = "nearest",
 ) -> Bool[Array, "B F"]:
     """Keeps the largest strengths until their Euclidean norm meets the target.
 
-    With c_m the norm of the m largest strengths (none of them negative) and
-    m in 1..F, `nearest` takes the first m that minimises |c_m - target| and `exceed`
-    the first m with c_m >= target. As in the Top-AFA authors' code, keeping all F
-    features never counts as nearest; they write c_F = 1e4, here it is infinite.
+    A strength is a positive score, times the length of its feature where `lengths` are
+    given. With c_m the norm of the m largest strengths and m in 1..F, `nearest` takes
+    the first m that minimises |c_m - target| and `exceed` the first m with
+    c_m >= target. As in the Top-AFA authors' code, keeping all F features never counts
+    as nearest; they write c_F = 1e4, here it is infinite.
 
     Instead of sorting, the cut is found by bisection on the bits of the squared
     strengths, which order non-negative floats: 30 masked sums in float32. Rows are
@@ -183,15 +188,20 @@ def norm_cut(
     of the target meets it, and entries lost in rounding do not count: else a code that
     is exact draws in every feature of strength 1e-5 (L0 5.4 instead of 3.3, measured).
     """
-    cut = partial(_norm_cut, how=how)
-    return by_rows(cut, ROWS_CUT, largest.wide(strengths), largest.wide(target))
+    lengths = jnp.ones(scores.shape[1:]) if lengths is None else lengths
+    cut = partial(_norm_cut, lengths=largest.wide(lengths), how=how)
+    return by_rows(cut, ROWS_CUT, scores, largest.wide(target))
 
 
-def _norm_cut(strengths: Array, target: Array, *, how: Cut) -> Array:
+def _norm_cut(scores: Array, target: Array, *, lengths: Array, how: Cut) -> Array:
     """`norm_cut` of rows that fit into the cache."""
+    strengths = jnp.maximum(largest.wide(scores), 0) * lengths
     exponent = jnp.frexp(jnp.maximum(strengths.max(1), target))[1]
-    squares = jnp.square(jnp.ldexp(strengths, -exponent[:, None]))
-    target = jnp.ldexp(target, -exponent) * (1 - 2 * jnp.finfo(target.dtype).eps)
+    one = jnp.ones((), target.dtype)
+    half = exponent // 2  # 2 ** -exponent itself may be too small to be written
+    scales = jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent)
+    squares = jnp.square(strengths * scales[0][:, None] * scales[1][:, None])
+    target = target * scales[0] * scales[1] * (1 - 2 * jnp.finfo(target.dtype).eps)
 
     cut = _crossing(squares, target)
     above = squares > cut[:, None]

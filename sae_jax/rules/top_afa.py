@@ -8,6 +8,7 @@ off the input, and with it the number of active features: there is no k.
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -56,9 +57,10 @@ def top_afa(
     Needs: an autoencoder, since the norm of what a transcoder aims at is not known.
     """
     x = inputs.x_centred if target == "centred" else inputs.x
-    strengths = inputs.pre * jnp.linalg.norm(inputs.weights.W_dec, axis=1)
+    W_dec = jax.lax.stop_gradient(inputs.weights.W_dec)
+    lengths = jnp.linalg.norm(W_dec, axis=1)
     chosen = select.norm_cut(
-        jnp.maximum(strengths, 0), jnp.linalg.norm(x, axis=1), how=how
+        inputs.pre, jnp.linalg.norm(x, axis=1), lengths=lengths, how=how
     )
     active = select.keep(inputs.encoder, chosen)
     gap = codes.norm(active) - jnp.linalg.norm(inputs.x, axis=1)

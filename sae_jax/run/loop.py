@@ -270,5 +270,5 @@ class Loop:
             "rows": self._point.step * self.stream.batch,
             "recipe": dataclasses.asdict(self.recipe),
         }
-        sae, variables = self.recipe.reached(member.sae, state)
-        return TrainedSAE(sae, variables, about, self.history[name])
+        sae = self.recipe.knob.reached(member.sae, state.step, state.control)
+        return TrainedSAE(sae, state.variables, about, self.history[name])

@@ -9,15 +9,8 @@ from sae_jax import checks
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
 from sae_jax.training.knob import CONSTANT, Knob
-from sae_jax.training.optim import (
-    Decay,
-    DecoderNorm,
-    adam,
-    finished,
-    learning_rate,
-)
-from sae_jax.training.step import Step, TrainState, make_step
-from sae_jax.variables import Variables
+from sae_jax.training.optim import Decay, DecoderNorm, adam, learning_rate
+from sae_jax.training.step import Step, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +28,9 @@ class Recipe:
     clip: Annotated[float | None, "clip gradients to this global norm, or none"] = 1.0
     decoder_norm: Annotated[
         DecoderNorm,
-        "when decoder rows return to norm 1: at the start of each step and of use, "
-        "before the optimiser's step (as the Top-AFA authors' code), or never (free)",
-    ] = "start"
+        "when decoder rows return to norm 1: after the optimiser's step, before it "
+        "(as the Top-AFA authors' code), or never (free)",
+    ] = "after"
     use_aux: Annotated[
         Literal["rule", "always", "never"],
         "whether dead features get an auxiliary loss; rule: as the rule's literature",
@@ -61,12 +54,6 @@ class Recipe:
         """The optimiser chain."""
         rate = learning_rate(self.lr, self.steps, warmup=self.warmup, decay=self.decay)
         return adam(rate, b1=self.b1, b2=self.b2, clip=self.clip)
-
-    def reached(self, sae: SAE, state: TrainState) -> tuple[SAE, Variables]:
-        """The SAE as trained so far, for use and export."""
-        params = finished(state.variables.params, self.decoder_norm)
-        now = self.knob.reached(sae, state.step, state.control)
-        return now, state.variables._replace(params=params)
 
     def make_step(self, sae: SAE, *, jit: bool = True) -> Step:
         """The training step of an SAE."""

@@ -110,7 +110,7 @@ def make_step(
     optimiser: optax.GradientTransformation,
     *,
     aux: AuxK | Literal["default"] | None = "default",
-    decoder_norm: DecoderNorm = "start",
+    decoder_norm: DecoderNorm = "after",
     knob: Knob = CONSTANT,
     loss_dtypes: Mapping[str, DType] = MappingProxyType({}),
     jit: bool = True,
@@ -119,18 +119,15 @@ def make_step(
 
     Loss: `sum_r coefficient_r * mse(x_hat_r, target)`, plus the rule's own terms, plus
     `AuxK`. Gradients of decoder rows lose their part along the row, the optimiser (with
-    its clipping) takes its step.
+    its clipping) takes its step, rows are divided by their norms.
 
     Args:
       sae: what is trained.
       optimiser: an optax chain, such as `optim.adam(3e-4)`.
       aux: auxiliary loss for dead features; "default": on if the rule's record says so.
-      decoder_norm: when decoder rows are divided by their norms. "start": as the first
-        thing of a step, so that all of it sees norm 1; what the last step leaves is
-        up to `optim.finished` (dividing after the optimiser comes to the same and takes
-        a third longer, since it needs the new rows twice). "before" the optimiser's
-        step, the order of the Top-AFA authors' code, which leaves rows off by one
-        step, for replication. "free": never, and gradients are not projected.
+      decoder_norm: when decoder rows return to norm 1. "after" the optimiser's step;
+        "before" it, the order of the Top-AFA authors' code, which leaves rows off by
+        one step, for replication; "free": never, and gradients are not projected.
       knob: schedule on the rule's knob.
       loss_dtypes: type in which a loss term is taken, by name (`mse`, `aux`, the rule's
         own); otherwise that of the parameters. For replication: the Top-AFA authors'
@@ -183,8 +180,6 @@ def make_step(
             return jax.value_and_grad(loss_fn, has_aux=True)(params, some_dead)
 
         params = state.variables.params
-        if decoder_norm == "start":
-            params = unit_rows(params)
         if aux is None:
             found = gradients(params)
         else:
@@ -203,6 +198,8 @@ def make_step(
             params = unit_rows(params)
         updates, opt_state = optimiser.update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
+        if decoder_norm == "after":
+            params = unit_rows(params)
         metrics = {
             "step": state.step,
             "loss": loss,
