@@ -28,6 +28,8 @@ PROJECT = ("sae_jax", "experiments")
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sae_jax" / "xla"
 
+CACHE_BYTES = 2**30  # what was used least recently goes first
+
 OWN = flags.FlagValues()
 flags.DEFINE_string("experiment", None, "which experiment to run", OWN)
 flags.DEFINE_boolean("dry_run", False, "show what would be run, and stop", OWN)
@@ -110,6 +112,8 @@ def keep_programs(folder: str) -> None:
         print(f"nothing compiled is kept for the next start: {error}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
+    # With a size JAX locks the folder, so that two starts may share it.
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

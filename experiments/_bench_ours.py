@@ -61,14 +61,14 @@ def started(sae: sae_jax.SAE, recipe: sae_jax.Recipe, W_dec: np.ndarray) -> Any:
 
 
 def floor(task: Task) -> System:
-    """The product `x @ W_enc` and nothing else: what no step can do without."""
+    """The product `x @ W_enc.T` and nothing else: what no step can do without."""
     x, W_dec = data(task)
-    W_enc = jnp.asarray(W_dec.T).astype(task.dtype)
+    W_enc = jnp.asarray(W_dec).astype(task.dtype)
     batches = itertools.cycle([jnp.asarray(rows).astype(task.dtype) for rows in x])
 
     @jax.jit
     def product(rows, W_enc):
-        return jnp.matmul(rows, W_enc, preferred_element_type=jnp.float32)
+        return jnp.matmul(rows, W_enc.T, preferred_element_type=jnp.float32)
 
     def once() -> float:
         jax.block_until_ready(product(next(batches), W_enc))

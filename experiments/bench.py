@@ -83,10 +83,10 @@ class Config:
     sparsify_python: Annotated[str, "interpreter that has sparsify"] = (
         ".venv-sparsify/bin/python"
     )
-    rounds: Annotated[int, "how often each is timed, at most"] = 7
+    rounds: Annotated[int, "how often each is timed, at most"] = 5
     seconds: Annotated[
         float, "no new round of a configuration after these, and 3 rounds"
-    ] = 60.0
+    ] = 40.0
     threads: Annotated[int, "cores for each of them; 0: all"] = 0
     huge_pages: Annotated[bool, "let glibc ask for huge pages, in all processes"] = (
         False

@@ -5,8 +5,9 @@ types take a full sort 75 times slower, so scores are cast to float32 first (exa
 bfloat16); and a static slice of its result that does not start at 0 (the k-th value,
 say) turns it back into a full sort, so thresholds are read by a dynamic index.
 
-Both functions first look at the maxima of blocks of 16: each of the n largest numbers
-lies in one of the n blocks with the largest maxima. Ties go to the lower index.
+Where few are wanted, both functions first look at the maxima of blocks of 16: each of
+the n largest numbers lies in one of the n blocks with the largest maxima. Ties go to
+the lower index.
 """
 
 import jax
@@ -30,18 +31,14 @@ def per_row(
     scores = wide(scores)
     n_rows, n_features = scores.shape
     if n_features % BLOCK or k * BLOCK * 8 > n_features:
-        return _top_k(scores, k)
+        values, indices = jax.lax.top_k(scores, k)
+        return values, indices
     blocks = scores.reshape(n_rows, -1, BLOCK)
     _, found = jax.lax.top_k(blocks.max(2), k)
     found = jax.lax.sort(found, dimension=1)  # so that the lower index comes first
     indices = (found[:, :, None] * BLOCK + jnp.arange(BLOCK)).reshape(n_rows, -1)
     values, places = jax.lax.top_k(jnp.take_along_axis(scores, indices, axis=1), k)
     return values, jnp.take_along_axis(indices, places, axis=1)
-
-
-def _top_k(scores: Array, k: int) -> tuple[Array, Array]:
-    values, indices = jax.lax.top_k(scores, k)
-    return values, indices
 
 
 def of_all(

@@ -96,7 +96,7 @@ def aux_k(
     n_dead = dead.sum()
 
     def few(_: None) -> Array:
-        which = jnp.nonzero(dead, size=k, fill_value=0)[0]
+        which = jnp.nonzero(dead, size=k)[0]
         rows, bias = encoder.W_enc[which], encoder.b_enc[which]
         rest = encoder.x, rows, bias, encoder.b_pre, encoder.dtype
         revived = jax.nn.relu(products.preactivations(*rest))

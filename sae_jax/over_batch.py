@@ -49,7 +49,8 @@ def encode(
     if inputs.mask is not None:
         scores = jnp.where(inputs.mask[:, None], scores, -jnp.inf)
         n_valid = inputs.mask.sum()
-    count = jnp.maximum(jnp.floor(_whole(k * n_valid)), 1)
+    least = jnp.minimum(n_valid, 1)
+    count = jnp.maximum(jnp.floor(_whole(k * n_valid)), least)
     count_max = max(int(_whole(k_max * scores.shape[0])), 1)
     chosen = select.batch(scores, count, count_max=count_max)
     active = select.keep(inputs.encoder, chosen)

@@ -22,7 +22,7 @@ from sae_jax import codes, largest, products
 # on two CPU cores one slot costs 4.3 ms and the dense products as much as 400 slots.
 SPARSE_BELOW = 1 / 32
 
-# Rows at a time. Fewer than all stay in the cache between two passes over them.
+# Rows at a time. On a CPU fewer than all stay in the cache between two passes.
 ROWS_ENCODED = 256
 ROWS_CUT = 32
 
@@ -129,9 +129,9 @@ def _of_encoder(encoder: products.Encoder, k: int) -> tuple[Array, Array]:
 
 
 def by_rows(fn: Callable, at_once: int, *arrays: Array) -> Any:
-    """`fn(*arrays)` for a function of rows, so many of them at a time."""
+    """`fn(*arrays)` for a function of rows; on a CPU so many of them at a time."""
     n_rows = arrays[0].shape[0]
-    if n_rows <= at_once:
+    if n_rows <= at_once or jax.default_backend() != "cpu":
         return fn(*arrays)
     whole = n_rows // at_once * at_once
     pieces = [a[:whole].reshape(-1, at_once, *a.shape[1:]) for a in arrays]
@@ -188,7 +188,8 @@ def norm_cut(
     of the target meets it, and entries lost in rounding do not count: else a code that
     is exact draws in every feature of strength 1e-5 (L0 5.4 instead of 3.3, measured).
     """
-    lengths = jnp.ones(scores.shape[1:]) if lengths is None else lengths
+    if lengths is None:
+        lengths = jnp.ones(scores.shape[1:], scores.dtype)
     cut = partial(_norm_cut, lengths=largest.wide(lengths), how=how)
     return by_rows(cut, ROWS_CUT, scores, largest.wide(target))
 

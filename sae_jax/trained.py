@@ -29,7 +29,7 @@ from sae_jax.architecture import Architecture
 from sae_jax.model import SAE
 from sae_jax.variables import Output, Variables
 
-FORMAT = "sae_jax.sae.1"
+FORMAT = "sae_jax.sae.2"
 ARRAYS, DESCRIPTION = "sae.safetensors", "sae.json"
 
 

@@ -180,7 +180,7 @@ def test_the_mean_is_exact_however_large_and_cut():
 
 @pytest.mark.usefixtures("as_users")
 def test_what_cannot_be_measured_is_refused_with_the_remedy():
-    sae, variables = by_hand([[1, -1]], [[1], [-1]])
+    sae, variables = by_hand([[1], [-1]], [[1], [-1]])
     x = jnp.ones((3, 1))
     with pytest.raises(ValueError, match=r"mean has shape \(2,\).* width 1"):
         Measurement(sae, variables, np.zeros(2))

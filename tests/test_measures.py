@@ -66,7 +66,7 @@ def test_the_bias_of_a_reconstruction_is_the_factor_that_it_lacks():
     x = rng.normal(size=(50, 4)).astype(np.float32) + 1
     both = np.vstack([np.eye(4), -np.eye(4)])
     for factor in (0.7, 1, 2):
-        found, x_hat = measure(Case(*by_hand(both.T, factor * both), x, None))
+        found, x_hat = measure(Case(*by_hand(both, factor * both), x, None))
         tried = np.linspace(0.5, 2.5, 2001)
         errors = [((x_hat / g - x) ** 2).sum() for g in tried]
         g = found.scores["relative_reconstruction_bias"]
@@ -74,7 +74,7 @@ def test_the_bias_of_a_reconstruction_is_the_factor_that_it_lacks():
         assert abs(g - tried[np.argmin(errors)]) <= 5e-4  # half a step
     # Noise beside the truth: g x is no longer x_hat, and g is above 1.
     W_dec = both + 0.5 * rng.normal(size=both.shape)
-    found, x_hat = measure(Case(*by_hand(both.T, W_dec), x, None))
+    found, x_hat = measure(Case(*by_hand(both, W_dec), x, None))
     errors = [((x_hat / g - x) ** 2).sum() for g in tried]
     g = found.scores["relative_reconstruction_bias"]
     assert abs(g - 1) > 0.02
@@ -99,7 +99,7 @@ def test_a_doubled_decoder_over_activates_and_half_a_decoder_under_activates():
     V = np.linalg.qr(rng.normal(size=(8, 8)))[0]
     x = (np.abs(rng.normal(size=(40, 8))) @ V).astype(np.float32)
     for factor, over, under in ((2, 1, 0), (0.5, 0, 1)):
-        scores = measure(Case(*by_hand(V.T, factor * V), x, None))[0].scores
+        scores = measure(Case(*by_hand(V, factor * V), x, None))[0].scores
         assert (scores["over_activation"], scores["under_activation"]) == (over, under)
         # float32, in all that follows.
         assert abs(scores["afa_error"] - abs(factor - 1)) < 1e-6
@@ -110,7 +110,7 @@ def test_a_doubled_decoder_over_activates_and_half_a_decoder_under_activates():
 
 
 def test_an_sae_that_never_activates():
-    sae, variables = by_hand(np.zeros((3, 6)), np.eye(6)[:, :3])
+    sae, variables = by_hand(np.zeros((6, 3)), np.eye(6)[:, :3])
     x = np.array([[1, 2, 2], [3, 0, 4], [0, 0, 9]], np.float32)
     found, _ = measure(Case(sae, variables, x, None))
     scores = found.scores
@@ -125,7 +125,7 @@ def test_an_sae_that_never_activates():
 def test_a_random_sae_explains_less_than_the_mean_row():
     rng = np.random.default_rng(6)
     x = rng.normal(size=(99, 16)).astype(np.float32)
-    c = Case(*by_hand(rng.normal(size=(16, 64)), rng.normal(size=(64, 16))), x, None)
+    c = Case(*by_hand(*rng.normal(size=(2, 64, 16))), x, None)
     scores = measure(c)[0].scores
     assert scores["explained_variance"] < 0
     assert scores["explained_variance_per_row"] < 0
@@ -159,7 +159,7 @@ def test_a_density_histogram_by_hand():
 
 def test_rows_count_alike_in_the_mean_of_ratios_and_by_their_spread_in_nmse():
     """Negative rows give x_hat 0, others themselves; the mean of all is 0."""
-    sae, variables = by_hand([[1, 0]], [[1], [1]])
+    sae, variables = by_hand([[1], [0]], [[1], [1]])
     x = np.array([[-3], [-1], [4]], np.float32)
     found, _ = measure(Case(sae, variables, x, None))
     assert found.scores["nmse"] == 10 / 26  # errors 9, 1, 0; spreads 9, 1, 16
@@ -180,18 +180,18 @@ def test_norms_of_the_paper_on_an_orthonormal_dictionary():
     V = np.linalg.qr(rng.normal(size=(8, 8)))[0]
     x = np.abs(rng.normal(size=(40, 8))) @ V
     for length, expected in ((1, 0), (2, 0.75 / 7)):
-        c = Case(*by_hand(length * V.T, V), x.astype(np.float32), None)
+        c = Case(*by_hand(length * V, V), x.astype(np.float32), None)
         found, _ = measure(c)
         assert abs(found.scores["epsilon_lbo"] - expected) < 1e-6  # float32
         assert abs(found.scores["norm_ratio"] - length) < 1e-6
     # The same vectors from decoder rows of length 3 and codes of a third.
-    found, _ = measure(Case(*by_hand(V.T / 3, 3 * V), x.astype(np.float32), None))
+    found, _ = measure(Case(*by_hand(V / 3, 3 * V), x.astype(np.float32), None))
     assert found.scores["epsilon_lbo"] < 1e-6
 
 
 def test_empty_codes_have_an_infinite_epsilon():
     """No bias: rows below zero have norm_f 0, a row of zeros 0 / 0."""
-    sae, variables = by_hand([[1, 0]], [[1], [1]])
+    sae, variables = by_hand([[1], [0]], [[1], [1]])
     x = np.array([[-1], [0], [-2], [2]], np.float32)
     found, _ = measure(Case(sae, variables, x, None))
     np.testing.assert_array_equal(found.epsilon_lbo, [np.inf, np.inf, np.inf, 0])
@@ -210,7 +210,7 @@ def test_a_large_common_mean_does_not_cancel():
     # x_hat leaves half of x - b_dec.
     eye = np.eye(8)
     sae, variables = by_hand(
-        np.hstack([eye, -eye]), np.vstack([eye, -eye]) / 2, np.full(8, 1000.0)
+        np.vstack([eye, -eye]), np.vstack([eye, -eye]) / 2, np.full(8, 1000.0)
     )
     found, x_hat = measure(Case(sae, variables, x, None), range(100, 999, 100))
     wide = x.astype(np.float64)
@@ -227,7 +227,7 @@ def test_a_large_common_mean_does_not_cancel():
 
 
 def test_scores_without_a_spread_are_nan_and_silent():
-    sae, variables = by_hand([[1, -1]], [[1], [-1]])
+    sae, variables = by_hand([[1], [-1]], [[1], [-1]])
     for x in ([[2.0]], [[2.0]] * 3):
         found, _ = measure(Case(sae, variables, np.array(x, np.float32), None))
         nan = {name for name, value in found.scores.items() if math.isnan(value)}

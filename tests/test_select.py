@@ -1,5 +1,6 @@
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,40 @@ def test_norm_cut_in_low_precision_differs_only_where_candidates_tie(dtype, caps
     assert share < 0.003
 
 
+@pytest.mark.parametrize("how", ["nearest", "exceed"])
+def test_norm_cut_bears_scores_whose_squares_leave_float32(how):
+    """Huge rows, tiny ones and ordinary ones, lengths included; 33 rows leave a rest.
+
+    What the lengths lift or lower across the range counts as it comes out.
+    """
+    rng = np.random.default_rng(7)
+    scores = rng.normal(size=(33, 40)) * 10.0 ** rng.choice(
+        [-34, -20, 0, 19, 35], (33, 1)
+    )
+    lengths = 2.0 ** rng.integers(-9, 9, 40)
+    scores = scores.astype(np.float32)
+    strengths = np.maximum(scores, 0).astype(np.float64) * lengths
+    target = np.linalg.norm(strengths, axis=1) * rng.uniform(0.2, 0.9, 33)
+    arrays = jnp.asarray(scores), jnp.asarray(target, jnp.float32)
+    cut = jax.jit(partial(select.norm_cut, how=how))
+    found = cut(*arrays, lengths=jnp.asarray(lengths, jnp.float32))
+    expected = oracles.norm_cut(strengths, target, how)
+    np.testing.assert_array_equal(np.asarray(found) & (scores > 0), expected)
+
+
+@pytest.mark.parametrize("how", ["nearest", "exceed"])
+def test_norm_cut_of_an_exact_code_leaves_out_what_is_lost_in_rounding(how):
+    rng = np.random.default_rng(9)
+    strengths = np.concatenate(
+        [rng.uniform(1, 2, (288, 5)), np.full((288, 35), 1e-5)], 1
+    )
+    strengths = strengths.astype(np.float32)
+    target = np.linalg.norm(strengths[:, :5].astype(np.float64), axis=1)
+    cut = jax.jit(partial(select.norm_cut, how=how))
+    found = cut(jnp.asarray(strengths), jnp.asarray(target, jnp.float32))
+    np.testing.assert_array_equal(found.sum(1), 5)
+
+
 def test_norm_cut_has_no_finite_sentinel():
     """The reference's finite sentinel keeps everything for norms near 1e4."""
     strengths = jnp.full((1, 64), 1250.0)  # c_64 = 1e4
@@ -99,6 +134,25 @@ def test_rows_takes_the_largest_with_ties_to_the_lower_index(count):
             np.put_along_axis(mask, np.asarray(found.indices), found.keep, axis=1)
             found = mask
         np.testing.assert_array_equal(found, expected)
+
+
+def test_sparse_rows_keep_a_traced_count_below_their_ceiling(monkeypatch):
+    monkeypatch.setattr(select, "SPARSE_BELOW", 1.0)
+    scores = jnp.asarray(np.random.default_rng(8).normal(size=(4, 9)))
+    find = jax.jit(lambda count: select.rows(scores, count, count_max=5))
+    for count in (0, 1, 3, 5):
+        found = find(jnp.float32(count))
+        np.testing.assert_array_equal(found.keep.sum(1), count)
+        order = np.argsort(-np.asarray(scores), axis=1)[:, :count]
+        np.testing.assert_array_equal(found.indices[:, :count], order)
+
+
+def test_pieces_of_rows_cover_every_row_once():
+    a, b = jnp.arange(22.0).reshape(11, 2), jnp.arange(11.0)
+    for at_once in (1, 4, 10, 11, 12):
+        found = select.by_rows(lambda a, b: (a.sum(1), a * b[:, None]), at_once, a, b)
+        np.testing.assert_array_equal(found[0], a.sum(1))
+        np.testing.assert_array_equal(found[1], a * b[:, None])
 
 
 BATCHES = {

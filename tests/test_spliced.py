@@ -27,13 +27,13 @@ def held_out(n=7, **changes):
 
 def identity(width=16):
     eye = np.eye(width)
-    return by_hand(np.hstack([eye, -eye]), np.vstack([eye, -eye]))
+    return by_hand(np.vstack([eye, -eye]), np.vstack([eye, -eye]))
 
 
 def constant(row):
     """An SAE whose reconstruction is always `row`."""
     width = len(row)
-    return by_hand(np.zeros((width, 2)), np.zeros((2, width)), row)
+    return by_hand(np.zeros((2, width)), np.zeros((2, width)), row)
 
 
 def log_softmax(logits):

@@ -24,6 +24,7 @@ from sae_jax import (
 )
 from sae_jax.codes import l0
 from sae_jax.training.optim import project, unit_rows
+from tests import oracles
 from tests.contract import rows
 
 KEY = jax.random.key(0)
@@ -80,6 +81,16 @@ def test_projection_and_normalisation_leave_other_parameters_alone():
     np.testing.assert_array_equal(projected["W_dec"][1:], 1)
 
 
+def test_decoder_rows_are_normalised_piece_by_piece_without_a_rest():
+    W_dec = np.random.default_rng(0).normal(size=(2 * 1024 + 300, 3))
+    W_dec[[5, 1500, 2200]] = 0
+    norm = np.linalg.norm(W_dec, axis=1, keepdims=True)
+    expected = W_dec / np.where(norm > 0, norm, 1)
+    for n in (300, 1024, len(W_dec)):
+        found = unit_rows({"W_dec": jnp.asarray(W_dec[:n], jnp.float32)})["W_dec"]
+        np.testing.assert_allclose(found, expected[:n], rtol=1e-6)
+
+
 @pytest.mark.parametrize("decay", ["constant", "cosine", "linear"])
 def test_learning_rate_warms_up_and_decays(decay):
     schedule = learning_rate(2.0, 110, warmup=10, decay=decay)
@@ -117,6 +128,54 @@ def test_idle_features_are_counted_and_then_revived():
         moved = abs(state.variables.params["W_enc"] - W_enc)[:10].max()
         assert (moved > 0) == (dead_after == 3)
         assert (metrics["loss_aux"] > 0) == (dead_after == 3)
+
+
+def about_to_die(optimiser, dead_after=3):
+    """A state in which eleven features die in the next step, one of them for good.
+
+    They never win; of the first of them even AuxK can make nothing.
+    """
+    sae = SAE(16, 64, rule="topk(k=4)")
+    params = sae.init(KEY).params
+    params["W_enc"] = params["W_enc"].at[30:41].multiply(0.01)
+    params["b_enc"] = params["b_enc"].at[30].set(-50.0).at[33].set(0.02)
+    variables = sae.init(KEY)._replace(params=params)
+    state = init_state(sae, optimiser, KEY, variables=variables)
+    idle = jnp.where((jnp.arange(64) >= 30) & (jnp.arange(64) < 41), dead_after - 1, 0)
+    return sae, params, dataclasses.replace(state, steps_idle=idle.astype(jnp.int32))
+
+
+@pytest.mark.parametrize(("k", "masked"), [(13, False), (5, False), (13, True)])
+def test_aux_k_counts_from_the_step_in_which_features_die(k, masked):
+    optimiser = optax.sgd(0.0)
+    sae, params, state = about_to_die(optimiser)
+    valid = np.arange(24) != 5 if masked else np.full(24, True)
+    batch = {"x": rows()} | ({"mask": jnp.asarray(valid)} if masked else {})
+    params = {name: np.asarray(p, np.float64) for name, p in params.items()}
+    _, metrics = make_step(sae, optimiser, aux=AuxK(k, 1.0, 3))(state, batch)
+    assert metrics["dead"] == 11
+    x = np.asarray(rows(), np.float64)[valid]
+    pre = oracles.preactivations(x, params)
+    codes = oracles.topk(x, params, {"k": 4})
+    residual = x - oracles.reconstruct(codes, params)
+    dead = (np.arange(64) >= 30) & (np.arange(64) < 41)
+    expected = oracles.aux_k(pre, dead, params["W_dec"], residual, k, 1.0, False)
+    np.testing.assert_allclose(metrics["loss_aux"], expected, rtol=1e-5)
+
+
+def test_gradients_are_the_same_for_few_dead_features_as_for_many():
+    """With k=11 all that are dead are taken as they are, with k=10 the strongest."""
+    found, optimiser = [], optax.sgd(1.0)
+    for k in (11, 10):
+        sae, before, state = about_to_die(optimiser)
+        take = make_step(sae, optimiser, aux=AuxK(k, 1.0, 3), decoder_norm="free")
+        after = take(state, {"x": rows()})[0].variables.params
+        found.append(jax.tree.map(lambda a, b: np.asarray(a - b), after, before))
+    assert np.abs(found[0]["W_enc"][31:41]).max(1).min() > 1e-4, "all but one learn"
+    assert not found[0]["W_enc"][30].any()
+    for name, gradient in found[0].items():
+        size = np.abs(gradient).max()
+        np.testing.assert_allclose(found[1][name], gradient, atol=1e-5 * size)
 
 
 def test_aux_k_is_on_by_default_where_the_rule_says_so():
@@ -214,6 +273,16 @@ def test_a_batch_without_valid_rows_counts_for_nothing():
     state, metrics = make_step(sae, optimiser)(init_state(sae, optimiser, KEY), batch)
     assert metrics["loss"] == 0
     assert not state.steps_idle.any()
+
+
+@pytest.mark.parametrize("rule", ["batch_topk(k=4)", "matryoshka(k=4)"])
+def test_a_batch_without_valid_rows_leaves_the_threshold_alone(rule):
+    sae, optimiser = SAE(16, 64, rule=rule), adam(1e-3)
+    state = init_state(sae, optimiser, KEY)
+    state.variables.params["b_enc"] += 1  # rows of zeros have positive features
+    batch = {"x": rows(), "mask": jnp.zeros(24, bool)}
+    left = make_step(sae, optimiser)(state, batch)[0].variables.state
+    assert not any(map(float, left.values()))
 
 
 def test_any_optimiser_of_optax_will_do():

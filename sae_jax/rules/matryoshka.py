@@ -33,10 +33,7 @@ def nested(
     """
     total = weights.b_dec[None]
     x_hats = [total] if bias_group else []
-    edges: list[int] = []
-    for fraction in prefixes:
-        length = round(fraction * weights.W_dec.shape[0])
-        edges.append(max(length, edges[-1] + 1 if edges else 1))
+    edges = [round(fraction * weights.W_dec.shape[0]) for fraction in prefixes]
     for part in products.decode_slices(active, weights.W_dec, edges, dtype):
         total = total + part
         x_hats.append(total)

@@ -8,7 +8,6 @@ off the input, and with it the number of active features: there is no k.
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -57,8 +56,7 @@ def top_afa(
     Needs: an autoencoder, since the norm of what a transcoder aims at is not known.
     """
     x = inputs.x_centred if target == "centred" else inputs.x
-    W_dec = jax.lax.stop_gradient(inputs.weights.W_dec)
-    lengths = jnp.linalg.norm(W_dec, axis=1)
+    lengths = jnp.linalg.norm(inputs.weights.W_dec, axis=1)
     chosen = select.norm_cut(
         inputs.pre, jnp.linalg.norm(x, axis=1), lengths=lengths, how=how
     )
