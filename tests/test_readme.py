@@ -69,7 +69,7 @@ def test_the_example_rule_passes_what_every_rule_passes(check):
 
 @pytest.mark.parametrize(
     "target",
-    ["install", "demo", "test", "test-slow", "parity", "lock", "bench-lm"],
+    ["install", "demo", "test", "test-slow", "parity", "lock", "bench", "bench-lm"],
 )
 def test_every_make_target_that_is_named_exists(target):
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()

@@ -13,7 +13,7 @@ from sae_jax.contract import Params
 Decay = Literal["constant", "cosine", "linear"]
 DecoderNorm = Literal["after", "before", "free"]
 
-ROWS_NORMALISED = 1024  # of a matrix at a time; they stay in the cache
+ROWS_AT_ONCE = 1024  # of a matrix at a time; they stay in the cache
 
 
 def learning_rate(
@@ -74,7 +74,7 @@ def unit_rows(params: Params) -> Params:
 
     W_dec = params["W_dec"]
     n = W_dec.shape[0]
-    at_once = min(ROWS_NORMALISED, n)
+    at_once = min(ROWS_AT_ONCE, n)
     W_dec = jax.lax.fori_loop(
         0, n // at_once, lambda i, w: normalise(w, i * at_once, at_once), W_dec
     )
@@ -97,10 +97,20 @@ def waiting(grads: Params, norm: Array) -> Params:
 def project(grads: Params, params: Params) -> Params:
     """Takes from each decoder row's gradient the part along the row.
 
-    That part would only change the norm, which the constraint puts back.
+    That part would only change the norm, which the constraint puts back. How long it is
+    is found for some rows at a time: for all at once, XLA writes down another matrix.
     """
-    rows = params["W_dec"]
-    squares = jnp.square(rows).sum(1, keepdims=True)
-    along = (grads["W_dec"] * rows).sum(1, keepdims=True)
-    along = along / jnp.where(squares > 0, squares, 1)
-    return {**grads, "W_dec": grads["W_dec"] - along * rows}
+    g, rows = grads["W_dec"], params["W_dec"]
+
+    def along(start: Array | int, n: int) -> Array:
+        g_piece, piece = (jax.lax.dynamic_slice_in_dim(a, start, n) for a in (g, rows))
+        squares = jnp.square(piece).sum(1)
+        return (g_piece * piece).sum(1) / jnp.where(squares > 0, squares, 1)
+
+    n = rows.shape[0]
+    at_once = min(ROWS_AT_ONCE, n)
+    starts = jnp.arange(n // at_once) * at_once
+    share = jax.lax.map(lambda start: along(start, at_once), starts).reshape(-1)
+    if n % at_once:
+        share = jnp.concatenate([share, along(n - n % at_once, n % at_once)])
+    return {**grads, "W_dec": g - share[:, None] * rows}
