@@ -351,7 +351,7 @@ def train(bound, steps=120):
 
 def training_compiles_once_and_keeps_types(bound):
     start, state, _, compilations = train(bound)
-    assert compilations == 1
+    assert compilations == 1, f"compiled {compilations} times"
     jax.tree.map(
         lambda a, b: same((a.shape, a.dtype), (b.shape, b.dtype)), start, state
     )
