@@ -29,17 +29,7 @@ def main(config: dict) -> None:
         ).eval()
         for layers in (config["layers"], stop)
     )
-    lens = transformer_lens.HookedTransformer(
-        transformer_lens.HookedTransformerConfig(
-            n_layers=config["layers"],
-            d_model=config["width"],
-            n_ctx=1024,
-            d_head=config["width"] // config["heads"],
-            n_heads=config["heads"],
-            d_vocab=config["vocab_size"],
-            act_fn="gelu_new",
-        )
-    ).eval()
+    lens = hooked(config)
     runners = {
         "TransformerLens, run_with_cache": lambda: lens.run_with_cache(
             tokens, stop_at_layer=stop
@@ -64,6 +54,21 @@ def main(config: dict) -> None:
             start = time.perf_counter()
             runners[json.loads(line)]()
             answer({"seconds": time.perf_counter() - start})
+
+
+def hooked(config: dict) -> transformer_lens.HookedTransformer:
+    """GPT-2's shape with random weights, in TransformerLens."""
+    return transformer_lens.HookedTransformer(
+        transformer_lens.HookedTransformerConfig(
+            n_layers=config["layers"],
+            d_model=config["width"],
+            n_ctx=1024,
+            d_head=config["width"] // config["heads"],
+            n_heads=config["heads"],
+            d_vocab=config["vocab_size"],
+            act_fn="gelu_new",
+        )
+    ).eval()
 
 
 def answer(value: dict) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import transformer_lens
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 
+from experiments._bench_lm_peers import hooked
 from experiments._bench_workers import answer, peak_resident
 
 
@@ -60,22 +60,11 @@ def main(config: dict[str, Any]) -> None:
 
 def open_store(config: dict[str, Any]) -> ActivationsStore:
     """Activations of random tokens, as `bench_train` draws them."""
-    lens = transformer_lens.HookedTransformer(
-        transformer_lens.HookedTransformerConfig(
-            n_layers=config["layers"],
-            d_model=config["width"],
-            n_ctx=1024,
-            d_head=config["width"] // config["heads"],
-            n_heads=config["heads"],
-            d_vocab=config["vocab_size"],
-            act_fn="gelu_new",
-        )
-    )
     shape = (config["buffer"] // config["context"], config["context"])
     tokens = np.random.default_rng(0).integers(1, config["vocab_size"], shape)
     tokens[:, 0] = 0
     return ActivationsStore(
-        model=lens.eval(),
+        model=hooked(config),
         dataset=datasets.Dataset.from_dict({"tokens": tokens}),
         streaming=False,
         hook_name=f"blocks.{config['layer']}.hook_resid_pre",

@@ -29,13 +29,13 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from experiments import _bench_data, _bench_figure, _bench_timing
-from experiments._bench_timing import FLOOR, OURS
+from experiments._bench_timing import FLOOR, OURS, Timed
 from experiments._bench_workers import Task
 from sae_jax import RULES, SAE, registry, rules, settings
 from sae_jax.binding import BoundRule
@@ -170,29 +170,39 @@ def run(config: Config) -> list[dict[str, Any]]:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     print(_bench_timing.line({name: name for name in _bench_timing.COLUMNS}))
+    for case, timed in each(cases(config), config, pythons):
+        report["versions"] |= timed.versions
+        report["machine"]["device"] = timed.device
+        report["first_mse"][case.text] = timed.first_mse
+        rows = _bench_timing.in_rows(case.columns, timed)
+        report["rows"] += rows
+        write_whole(out / "bench.json", json.dumps(report, indent=1) + "\n")
+        for row in rows:
+            print(_bench_timing.line(row), flush=True)
+    _bench_figure.draw(report, out / "bench.png")
+    return report["rows"]
+
+
+def each(
+    found: Iterable[Case], config: Config, pythons: dict[str, str]
+) -> Iterator[tuple[Case, Timed]]:
+    """Times one case after another; those of one size share their data."""
     with tempfile.TemporaryDirectory() as folder:
         written = None
-        for case in cases(config):
+        for case in found:
             if case.size != written:
                 _bench_data.write(Path(folder), *case.size)
                 written = case.size
-            timed = _bench_timing.measure(
-                workers(case, config, pythons),
-                task(case, config, folder),
-                config.rounds,
-                config.seconds,
-                environment(config),
+            yield (
+                case,
+                _bench_timing.measure(
+                    workers(case, config, pythons),
+                    task(case, config, folder),
+                    config.rounds,
+                    config.seconds,
+                    environment(config),
+                ),
             )
-            report["versions"] |= timed.versions
-            report["machine"]["device"] = timed.device
-            report["first_mse"][case.text] = timed.first_mse
-            rows = _bench_timing.in_rows(case.columns, timed)
-            report["rows"] += rows
-            write_whole(out / "bench.json", json.dumps(report, indent=1) + "\n")
-            for row in rows:
-                print(_bench_timing.line(row), flush=True)
-    _bench_figure.draw(report, out / "bench.png")
-    return report["rows"]
 
 
 def interpreters(config: Config) -> dict[str, str]:

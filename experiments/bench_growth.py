@@ -22,7 +22,6 @@ error is none where two points determine the line.
 
 import json
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from experiments import _bench_data, _bench_timing, _growth, bench
+from experiments import _bench_timing, _growth, bench
 from experiments._bench_timing import FLOOR, OURS, Timed
 from sae_jax import registry
 from sae_jax.settings import Spec
@@ -130,27 +129,14 @@ def run(config: Config) -> dict[str, Any]:
     }
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        written = None
-        for case in cases(config):
-            if case.size != written:
-                _bench_data.write(Path(folder), *case.size)
-                written = case.size
-            timed = _bench_timing.measure(
-                bench.workers(case, plain, {}),
-                bench.task(case, plain, folder),
-                config.rounds,
-                config.seconds,
-                bench.environment(plain),
-            )
-            points.append(point(case.columns, timed))
-            report["slopes"] = _growth.slopes(points, config.middle)
-            report["versions"] |= timed.versions
-            report["machine"]["device"] = timed.device
-            text = json.dumps(report, indent=1)
-            write_whole(out / "bench_growth.json", text + "\n")
-            ms, ratio = points[-1]["ms"], points[-1]["ratio"]
-            print(f"{case.text}: {ms:.1f} ms, {ratio:.2f} x the product", flush=True)
+    for case, timed in bench.each(cases(config), plain, {}):
+        points.append(point(case.columns, timed))
+        report["slopes"] = _growth.slopes(points, config.middle)
+        report["versions"] |= timed.versions
+        report["machine"]["device"] = timed.device
+        write_whole(out / "bench_growth.json", json.dumps(report, indent=1) + "\n")
+        ms, ratio = points[-1]["ms"], points[-1]["ratio"]
+        print(f"{case.text}: {ms:.1f} ms, {ratio:.2f} x the product", flush=True)
     print(_growth.table(report["slopes"]))
     _growth.draw(report, config.middle, out / "bench_growth.png")
     return report

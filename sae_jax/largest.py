@@ -1,9 +1,9 @@
 """The largest of many numbers, without sorting them.
 
-Two facts shape the code (jax 0.10, CPU): `lax.top_k` is fast in float32 only, other
-types take a full sort 75 times slower, so scores are cast to float32 first (exact for
-bfloat16); and a static slice of its result that does not start at 0 (the k-th value,
-say) turns it back into a full sort, so thresholds are read by a dynamic index.
+Two facts of `lax.top_k` (jax 0.10, CPU) shape the code: it is fast in float32 only,
+other types take a full sort 75 times slower, so scores are cast to float32 first (exact
+for bfloat16); and a static slice of its result that does not start at 0 (the k-th
+value, say) turns it back into a full sort, so nothing slices it.
 
 Where few are wanted, both functions first look at the maxima of blocks of 16: each of
 the n largest numbers lies in one of the n blocks with the largest maxima. Ties go to

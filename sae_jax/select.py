@@ -8,15 +8,15 @@ here sorts F values per row.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sae_jax import codes, largest, products
+from sae_jax.piecewise import by_rows
 
 # Sparse codes beat dense ones while K/F is below this: at B=4096, D=768, F=12288
 # on two CPU cores one slot costs 4.3 ms and the dense products as much as 400 slots.
@@ -126,21 +126,6 @@ def _of_encoder(encoder: products.Encoder, k: int) -> tuple[Array, Array]:
         return largest.per_row(jax.lax.optimization_barrier(pre), k)
 
     return by_rows(some, ROWS_ENCODED, encoder.x)
-
-
-def by_rows(fn: Callable, at_once: int, *arrays: Array) -> Any:
-    """`fn(*arrays)` for a function of rows; on a CPU so many of them at a time."""
-    n_rows = arrays[0].shape[0]
-    if n_rows <= at_once or jax.default_backend() != "cpu":
-        return fn(*arrays)
-    whole = n_rows // at_once * at_once
-    pieces = [a[:whole].reshape(-1, at_once, *a.shape[1:]) for a in arrays]
-    found = jax.lax.map(lambda piece: fn(*piece), tuple(pieces))
-    found = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), found)
-    if whole == n_rows:
-        return found
-    rest = fn(*(a[whole:] for a in arrays))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), found, rest)
 
 
 def batch(

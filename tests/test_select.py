@@ -9,6 +9,7 @@ import pytest
 
 import sae_jax
 from sae_jax import SAE, largest, select
+from sae_jax.piecewise import by_rows
 from tests import oracles
 
 CASES = {
@@ -150,7 +151,7 @@ def test_sparse_rows_keep_a_traced_count_below_their_ceiling(monkeypatch):
 def test_pieces_of_rows_cover_every_row_once():
     a, b = jnp.arange(22.0).reshape(11, 2), jnp.arange(11.0)
     for at_once in (1, 4, 10, 11, 12):
-        found = select.by_rows(lambda a, b: (a.sum(1), a * b[:, None]), at_once, a, b)
+        found = by_rows(lambda a, b: (a.sum(1), a * b[:, None]), at_once, a, b)
         np.testing.assert_array_equal(found[0], a.sum(1))
         np.testing.assert_array_equal(found[1], a * b[:, None])
 

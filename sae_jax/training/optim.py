@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from sae_jax import checks
 from sae_jax.contract import Params
+from sae_jax.piecewise import by_rows
 
 Decay = Literal["constant", "cosine", "linear"]
 DecoderNorm = Literal["after", "before", "free"]
@@ -102,15 +103,9 @@ def project(grads: Params, params: Params) -> Params:
     """
     g, rows = grads["W_dec"], params["W_dec"]
 
-    def along(start: Array | int, n: int) -> Array:
-        g_piece, piece = (jax.lax.dynamic_slice_in_dim(a, start, n) for a in (g, rows))
-        squares = jnp.square(piece).sum(1)
-        return (g_piece * piece).sum(1) / jnp.where(squares > 0, squares, 1)
+    def along(g: Array, rows: Array) -> Array:
+        squares = jnp.square(rows).sum(1)
+        return (g * rows).sum(1) / jnp.where(squares > 0, squares, 1)
 
-    n = rows.shape[0]
-    at_once = min(ROWS_AT_ONCE, n)
-    starts = jnp.arange(n // at_once) * at_once
-    share = jax.lax.map(lambda start: along(start, at_once), starts).reshape(-1)
-    if n % at_once:
-        share = jnp.concatenate([share, along(n - n % at_once, n % at_once)])
+    share = by_rows(along, ROWS_AT_ONCE, g, rows)
     return {**grads, "W_dec": g - share[:, None] * rows}
