@@ -13,6 +13,7 @@ from sae_jax import RULES, SAE, TrainedSAE, Variables
 from sae_jax.binding import bind
 from sae_jax.evaluation.steering import ablate, add, clamp
 from sae_jax.lm.flax_lm import FlaxLM
+from tests.compilations import compilations
 from tests.contract import build, rows
 from tests.toys import toy_lm
 
@@ -240,8 +241,9 @@ def test_other_features_amounts_and_arrays_do_not_compile_again(tokens):
         clamp(made(seed=8), np.array([5, 60]), -1.0),
         ablate(made(), [4, 3]),
     ]
-    logits = [lm.run(tokens, write={SITE: e}, logits=True).logits for e in edits]
-    assert lm._compiled._cache_size() == 1
+    with compilations("forward") as compiled:
+        logits = [lm.run(tokens, write={SITE: e}, logits=True).logits for e in edits]
+    assert len(compiled) == 1
     assert all((a != b).any() for a, b in itertools.pairwise(logits))
 
 
