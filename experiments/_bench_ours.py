@@ -38,7 +38,7 @@ def ours(task: Task) -> System:
         sae_jax.load_file(file)
     x, W_dec = data(task)
     sae = sae_jax.SAE(x.shape[2], task.n_features, task.spec, dtype=task.dtype)
-    recipe = sae_jax.Recipe(lr=3e-4, clip=None)
+    recipe = sae_jax.Recipe(lr=3e-4, clip=None, accumulate=task.accumulate)
     step = recipe.make_step(sae)
     state = started(sae, recipe, W_dec)
     batches = itertools.cycle([{"x": jnp.asarray(rows)} for rows in x])

@@ -32,6 +32,7 @@ class Task:
       dtype: type of the operands of matrix products.
       compile_peers: whether a peer that can be compiled is.
       rule_files: Python files with rules of the user's own.
+      accumulate: pieces of a batch that ours takes one after another.
     """
 
     rule: str
@@ -44,6 +45,7 @@ class Task:
     dtype: str
     compile_peers: bool
     rule_files: tuple[str, ...] = ()
+    accumulate: int = 1
 
 
 class System(NamedTuple):

@@ -15,12 +15,13 @@ Hardware: Linux, 2 CPU cores, 10 GB, some 40 minutes; or a GPU that both JAX and
 Leaves:   runs/bench/bench.json, bench.png
 
 Columns of a row: rule; B rows in a batch; D their width; F features; k (none where the
-rule has no budget); ms, ms_min, ms_max: median, least and most of our steps; peer;
-ratio_to_peer and ratio_to_encoder_matmul: our time over theirs; peak_mb, peer_peak_mb:
-memory at the highest point of the timed steps over that of the bare process, in 10^6
-bytes (building and compiling come before, and give back what they can);
-peer_ms; compile_s: seconds of our first step. Beside the rows,
-first_mse has the mean-MSE of the first batch, which must be the same for all systems.
+rule has no budget); pieces of a batch that ours takes one after another; ms, ms_min,
+ms_max: median, least and most of our steps; peer; ratio_to_peer and
+ratio_to_encoder_matmul: our time over theirs; peak_mb, peer_peak_mb: memory at the
+highest point of the timed steps over that of the bare process, in 10^6 bytes (building
+and compiling come before, and give back what they can); peer_ms; compile_s: seconds of
+our first step. Beside the rows, first_mse has the mean-MSE of the first batch, which
+must be the same for all systems.
 """
 
 import datetime
@@ -53,6 +54,9 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     "gated": ("saelens",),
     "top_afa": ("dense_top_afa",),
 }
+
+# Those that keep arrays of codes for all rows of a batch, unless it is cut.
+IN_PIECES = frozenset({"relu", "jump_relu", "gated"})
 
 
 @dataclass
@@ -95,6 +99,9 @@ class Config:
         Literal["float32", "bfloat16"], "type of the operands of matrix products"
     ] = "float32"
     compile_peers: Annotated[bool, "torch.compile for SAELens"] = False
+    rows_at_once: Annotated[
+        int, "rows of a piece of a batch, for our dense rules; 0: whole batches"
+    ] = 256
 
     def faults(self) -> Iterator[str]:
         """What is wrong with these settings."""
@@ -117,10 +124,11 @@ def _well_formed(size: str) -> bool:
 
 
 class Case(NamedTuple):
-    """One configuration: a rule with its budget, and a size."""
+    """One configuration: a rule with its budget, a size, pieces of a batch."""
 
     bound: BoundRule
     size: tuple[int, int, int]
+    pieces: int
 
     @property
     def k(self) -> float | None:
@@ -152,8 +160,20 @@ def cases(config: Config) -> list[Case]:
             for more in each:
                 text = registry.format_spec(name, {**arguments, **more})
                 sae = SAE(width, n_features, text)  # which says what does not fit
-                found.append(Case(sae.bound, (batch, width, n_features)))
+                n = n_pieces(name, batch, config)
+                found.append(Case(sae.bound, (batch, width, n_features), n))
     return found
+
+
+def n_pieces(rule: str, batch: int, config: Config) -> int:
+    """As many as leave no more rows in a piece than wanted, all of one size."""
+    if rule not in IN_PIECES or not config.rows_at_once:
+        return 1
+    return next(
+        n
+        for n in range(1, batch + 1)
+        if batch % n == 0 and batch // n <= config.rows_at_once
+    )
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -174,7 +194,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         report["versions"] |= timed.versions
         report["machine"]["device"] = timed.device
         report["first_mse"][case.text] = timed.first_mse
-        rows = _bench_timing.in_rows(case.columns, timed)
+        columns = case.columns | {"pieces": case.pieces}
+        rows = _bench_timing.in_rows(columns, timed)
         report["rows"] += rows
         write_whole(out / "bench.json", json.dumps(report, indent=1) + "\n")
         for row in rows:
@@ -248,6 +269,7 @@ def task(case: Case, config: Config, folder: str) -> Task:
         dtype=config.dtype,
         compile_peers=config.compile_peers,
         rule_files=tuple(str(Path(file).absolute()) for file in config.rule_files),
+        accumulate=case.pieces,
     )
 
 

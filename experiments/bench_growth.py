@@ -113,6 +113,7 @@ def as_bench(
         peers=(),
         rounds=config.rounds,
         seconds=config.seconds,
+        rows_at_once=0,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import sae_jax
 from sae_jax import SAE, AuxK, Sparse, Variables, fold_scale, to_dense
 from sae_jax.binding import BoundRule
-from sae_jax.training.step import loss_terms
+from sae_jax.training.terms import loss_terms
 from tests.compilations import compilations
 from tests.conftest import planted
 

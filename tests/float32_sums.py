@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import select, to_dense
-from sae_jax.training.step import dead
+from sae_jax.training.terms import dead
 
 LANES, ACCUMULATORS, LEVELS, LEVEL_STEP = 8, 4, 4, 16
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import SAE, AuxK, Variables, adam, init_state, make_step, to_dense
-from sae_jax.training.step import loss_terms
+from sae_jax.training.terms import loss_terms
 from tests.float32_sums import exact_sum, losses, summands, torch_sum
 
 FIRST_STEP, TRAJECTORY, FIRST_STEP_FLOAT32 = 1e-9, 1e-7, 1e-5

@@ -16,7 +16,7 @@ from sae_jax import settings
 from tests.conftest import USER_RULES
 
 COLUMNS = (
-    "rule B D F k ms ms_min ms_max peer ratio_to_peer ratio_to_encoder_matmul "
+    "rule B D F k pieces ms ms_min ms_max peer ratio_to_peer ratio_to_encoder_matmul "
     "peak_mb peer_peak_mb peer_ms compile_s"
 ).split()
 DENSE = "experiments._bench_dense_top_afa"
@@ -120,6 +120,19 @@ def test_every_rule_is_timed_unless_it_needs_gradients():
     assert len(set(found)) == len(found)
 
 
+def test_dense_rules_alone_take_batches_in_pieces():
+    def pieces(**given):
+        config = configured(sizes="1000x16x256,96x16x256", ks="3", **given)
+        return {(c.bound.rule.name, c.size[0]): c.pieces for c in bench.cases(config)}
+
+    found = pieces(rows_at_once="100")
+    assert found["relu", 1000] == 10
+    assert found["gated", 96] == 1
+    assert found["topk", 1000] == 1
+    assert pieces(rows_at_once="300")["jump_relu", 1000] == 4
+    assert set(pieces(rows_at_once="0").values()) == {1}
+
+
 def test_every_peer_is_that_of_a_rule_we_have():
     assert set(bench.PEERS) <= set(sae_jax.RULES)
     config = configured(rules="topk,toy_noisy", sizes="8x16x256")
@@ -158,8 +171,10 @@ def test_a_row_says_what_was_measured():
         versions={},
         device="cpu",
     )
-    (row,) = _bench_timing.in_rows({"rule": "r", "B": 1, "D": 2, "F": 3, "k": 4}, timed)
-    values = ["r", 1, 2, 3, 4, 200, 100, 400, "p", 0.5, 2, 10, 21, 400, 1.23]
+    (row,) = _bench_timing.in_rows(
+        dict(zip(COLUMNS, ["r", 1, 2, 3, 4, 5], strict=False)), timed
+    )
+    values = ["r", 1, 2, 3, 4, 5, 200, 100, 400, "p", 0.5, 2, 10, 21, 400, 1.23]
     assert row == dict(zip(COLUMNS, values, strict=True))
 
 

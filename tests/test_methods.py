@@ -11,7 +11,7 @@ from sae_jax import SAE, AuxK, select, to_dense
 from sae_jax import quasi_orthogonality as quasi
 from sae_jax.rules.jump_relu import jump, step
 from sae_jax.training.optim import project
-from sae_jax.training.step import loss_terms
+from sae_jax.training.terms import loss_terms
 from tests.conftest import planted
 from tests.contract import rows
 

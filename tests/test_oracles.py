@@ -13,7 +13,7 @@ import sae_jax
 from sae_jax import SAE, AuxK, Sparse, Variables, select, to_dense
 from sae_jax.codes import Pairs
 from sae_jax.rules.jump_relu import jump, step
-from sae_jax.training.step import loss_terms
+from sae_jax.training.terms import loss_terms
 from tests import oracles
 
 pytestmark = pytest.mark.usefixtures("x64")

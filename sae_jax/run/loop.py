@@ -94,11 +94,12 @@ class Loop:
         profile: Profile | None = None,
         progress: bool = True,
     ):
-        checks.raise_all(
+        faults = [
             f"{name}: {fault}"
             for name, member in members.items()
             for fault in member.faults(stream.widths)
-        )
+        ]
+        checks.raise_all([*faults, *recipe.faults(stream.batch)])
         self.members, self.stream, self.recipe = dict(members), stream, recipe
         self.every, self.checkpoints, self.evaluate = every, checkpoints, evaluate
         self.history: dict[str, list[dict[str, Any]]] = {name: [] for name in members}

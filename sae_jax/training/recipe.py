@@ -1,6 +1,7 @@
 """How an SAE is trained: all choices that are not the SAE itself."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import optax
@@ -8,6 +9,7 @@ import optax
 from sae_jax import checks
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
+from sae_jax.training import pieces
 from sae_jax.training.knob import CONSTANT, Knob
 from sae_jax.training.optim import Decay, DecoderNorm, adam, learning_rate
 from sae_jax.training.step import Step, make_step
@@ -36,6 +38,11 @@ class Recipe:
         "whether dead features get an auxiliary loss; rule: as the rule's literature",
     ] = "rule"
     aux: AuxK = AuxK()
+    accumulate: Annotated[
+        int,
+        "gradients of so many pieces of a batch are taken one after another, to save "
+        "memory; to rules that look over a batch, a piece is one",
+    ] = 1
     knob: Knob = CONSTANT
 
     def __post_init__(self) -> None:
@@ -46,9 +53,17 @@ class Recipe:
             faults.append(f"warmup={self.warmup} is longer than steps={self.steps}.")
         if not faults and max(self.b1, self.b2) >= 1:
             faults.append(f"b1={self.b1} and b2={self.b2} must be below 1.")
+        if self.accumulate == 0:
+            faults.append("accumulate=0 takes no rows; 1: whole batches.")
         if self.clip == 0:
             faults.append("clip=0 learns nothing; none: no clipping.")
         checks.raise_all(faults)
+
+    def faults(self, batch: int) -> Iterator[str]:
+        """What does not go with batches of so many rows."""
+        fault = pieces.fault(batch, self.accumulate)
+        if fault:
+            yield fault
 
     def optimiser(self) -> optax.GradientTransformation:
         """The optimiser chain."""
@@ -64,5 +79,6 @@ class Recipe:
             aux=self.aux if wanted[self.use_aux] else None,
             decoder_norm=self.decoder_norm,
             knob=self.knob,
+            accumulate=self.accumulate,
             jit=jit,
         )

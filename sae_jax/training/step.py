@@ -16,9 +16,11 @@ from sae_jax.architecture import DType
 from sae_jax.contract import Params
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
+from sae_jax.training import pieces
 from sae_jax.training.knob import CONSTANT, Knob
 from sae_jax.training.optim import DecoderNorm, project, unit_rows, waiting
-from sae_jax.variables import Forward, Variables
+from sae_jax.training.terms import dead, errors, loss_terms, nmse
+from sae_jax.variables import Variables
 
 
 class Batch(TypedDict, total=False):
@@ -113,6 +115,7 @@ def make_step(
     decoder_norm: DecoderNorm = "after",
     knob: Knob = CONSTANT,
     loss_dtypes: Mapping[str, DType] = MappingProxyType({}),
+    accumulate: int = 1,
     jit: bool = True,
 ) -> Step:
     """Builds the training step of an SAE.
@@ -132,10 +135,19 @@ def make_step(
       loss_dtypes: type in which a loss term is taken, by name (`mse`, `aux`, the rule's
         own); otherwise that of the parameters. For replication: the Top-AFA authors'
         code rounds some terms to float32 even in a float64 run.
+      accumulate: take the gradients of so many pieces of each batch one after another,
+        so that codes exist for one piece at a time. The same step, unless the rule
+        looks over a batch, remembers batches or draws numbers: to it each piece is one.
+        A feature that a later piece revives still counts as dead before it.
       jit: compile, and let the step reuse the buffers of the state that it is given.
     """
-    fault = checks.value_fault("decoder_norm", decoder_norm, DecoderNorm)
-    checks.raise_all(filter(None, [fault]))
+    faults = [
+        checks.value_fault("decoder_norm", decoder_norm, DecoderNorm),
+        checks.value_fault("accumulate", accumulate, int),
+    ]
+    if not any(faults) and accumulate == 0:
+        faults.append("accumulate=0 takes no rows; 1: whole batches.")
+    checks.raise_all(filter(None, faults))
     sae = knob.prepare(sae)
     if aux == "default":
         aux = AuxK() if sae.bound.rule.aux_k else None
@@ -149,35 +161,47 @@ def make_step(
         )
         if "x" not in batch:
             raise ValueError("A batch needs 'x', activations [rows, d_in].")
+        checks.raise_all(filter(None, [pieces.fault(len(batch["x"]), accumulate)]))
         turned = knob.value(sae, state.step, state.control)
         mask = batch.get("mask")
         one = jnp.int32(1) if mask is None else mask.any().astype(jnp.int32)
 
-        def loss_fn(params: Params, some_dead: bool) -> Any:
-            variables = state.variables._replace(params=params)
+        def piece_loss(
+            params: Params, carried: Any, rows: Batch, i: Array, *, some_dead: bool
+        ) -> Any:
+            rule_state, fired = carried
+            mask = rows.get("mask")
+            key = jax.random.fold_in(state.key, state.step)
             out = sae.forward(
-                variables,
-                batch["x"],
-                target=batch.get("target"),
-                grad_x=batch.get("grad"),
+                state.variables._replace(params=params, state=rule_state),
+                rows["x"],
+                target=rows.get("target"),
+                grad_x=rows.get("grad"),
                 mask=mask,
-                key=jax.random.fold_in(state.key, state.step),
+                key=key if accumulate == 1 else jax.random.fold_in(key, i),
                 step=state.step,
                 train=True,
                 knob=turned,
             )
-            fired = codes.fired(out.codes, mask)
+            fired |= codes.fired(out.codes, mask)
             steps_idle = jnp.where(fired, 0, state.steps_idle + one)
             terms = loss_terms(
                 out, mask, steps_idle if some_dead else None, aux, dtypes=loss_dtypes
             )
             seen = {f"loss_{name}": value for name, value in terms.items()}
-            seen["nmse"] = nmse(out, mask)
             seen["l0"] = losses.mean_rows(codes.l0(out.codes).astype(jnp.float32), mask)
-            return sum(terms.values()), (out.state, steps_idle, seen)
+            carried = out.state, fired
+            return sum(terms.values()), (carried, seen, errors(out, mask))
 
         def gradients(params: Params, some_dead: bool = True) -> Any:
-            return jax.value_and_grad(loss_fn, has_aux=True)(params, some_dead)
+            fired = jnp.zeros(sae.n_features, bool)
+            return pieces.value_and_gradients(
+                functools.partial(piece_loss, some_dead=some_dead),
+                accumulate,
+                params,
+                (state.variables.state, fired),
+                batch,
+            )
 
         params = state.variables.params
         if aux is None:
@@ -188,7 +212,8 @@ def make_step(
             some_dead = (state.steps_idle + one >= aux.dead_after).any()
             alive = functools.partial(gradients, some_dead=False)
             found = jax.lax.cond(some_dead, gradients, alive, params)
-        (loss, (rule_state, steps_idle, seen)), grads = found
+        (seen, (rule_state, fired), of_pieces, shares), grads = found
+        steps_idle = jnp.where(fired, 0, state.steps_idle + one)
 
         grad_norm = optax.tree.norm(grads)
         if decoder_norm != "free":
@@ -202,11 +227,11 @@ def make_step(
             params = unit_rows(params)
         metrics = {
             "step": state.step,
-            "loss": loss,
             **seen,
+            "nmse": nmse(of_pieces, shares),
             "dead": dead(steps_idle, aux).sum(),
             "grad_norm": grad_norm,
-            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+            "finite": jnp.isfinite(seen["loss"]) & jnp.isfinite(grad_norm),
         }
         if turned is not None:
             metrics["knob"] = turned
@@ -221,56 +246,3 @@ def make_step(
         return state, metrics
 
     return jax.jit(step, donate_argnums=0) if jit else step
-
-
-def dead(steps_idle: Array, aux: AuxK | None) -> Array:
-    """Which features count as dead."""
-    return steps_idle >= (AuxK() if aux is None else aux).dead_after
-
-
-def loss_terms(
-    out: Forward,
-    mask: Array | None,
-    steps_idle: Array | None,
-    aux: AuxK | None,
-    *,
-    dtypes: Mapping[str, DType] = MappingProxyType({}),
-) -> Metrics:
-    """The terms whose sum is the loss, each with its coefficient in it.
-
-    `steps_idle` None says that no feature can be dead.
-    """
-    assert out.target is not None  # training has one, or forward would have said so
-    known = {"mse", "aux", *out.penalties}
-    checks.raise_all(
-        checks.unknown("loss term", name, known) for name in set(dtypes) - known
-    )
-
-    def cast(name: str, array: Array) -> Array:
-        return array.astype(dtypes.get(name, array.dtype))
-
-    target = cast("mse", out.target)
-    scored = zip(out.coefficients, out.x_hats, strict=True)
-    errors = [c * losses.mse(cast("mse", x), target, mask) for c, x in scored]
-    terms: Metrics = {"mse": functools.reduce(jnp.add, errors)}
-    for name, (coef, per_row) in out.penalties.items():
-        terms[name] = coef * losses.mean_rows(cast(name, per_row), mask)
-    if aux is not None:
-        residual = cast("aux", out.target) - cast("aux", out.x_hats[-1])
-        terms["aux"] = jnp.zeros((), residual.dtype)
-        if steps_idle is not None:
-            idle, W_dec = dead(steps_idle, aux), out.weights.W_dec
-            terms["aux"] = losses.aux_k(aux, out.encoder, idle, W_dec, residual, mask)
-    return terms
-
-
-def nmse(out: Forward, mask: Array | None) -> Array:
-    """Squared error of the output over the spread of the batch around its mean.
-
-    NaN where there is no spread, as in a batch of one row.
-    """
-    assert out.target is not None
-    centre = losses.mean_rows(out.target, mask)[None]
-    spread = losses.mse(centre, out.target, mask)
-    error = losses.mse(out.x_hats[-1], out.target, mask)
-    return jnp.where(spread > 0, error / jnp.where(spread > 0, spread, 1), jnp.nan)

@@ -1,0 +1,79 @@
+"""Gradients of a batch taken piece by piece, for batches too large for memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Seen = dict[str, Array]
+
+
+def fault(n_rows: int, n: int) -> str | None:
+    """What is wrong with taking so many rows in n pieces."""
+    if n_rows % n == 0:
+        return None
+    return (
+        f"accumulate={n} must divide the rows of a batch, {n_rows}: pieces are of one "
+        f"size."
+    )
+
+
+def value_and_gradients(
+    loss: Callable, n: int, params: Any, carried: Any, batch: Any
+) -> tuple[tuple[Seen, Any, Any, Float[Array, " n"]], Any]:
+    """Gradients of the mean loss over a batch, of which 1/n exists at a time.
+
+    Piece i has the rows i, i + n, i + 2n, ...: where rows are spread over devices, each
+    keeps its own. A piece counts by its share of the valid rows.
+
+    Args:
+      loss: `(params, carried, batch, i) -> loss, (carried, seen, stacked)`.
+      n: number of pieces.
+      params: what gradients are taken of.
+      carried: what each piece gives the next.
+      batch: arrays of rows; valid ones have a true `mask`, where there is one.
+
+    Returns:
+      `(seen, carried, stacked, shares)`, the mean of `seen` (and of the loss, by that
+      name), the last `carried`, all pieces' `stacked` and their shares; gradients.
+    """
+
+    def scaled(params: Any, carried: Any, rows: Any, share: Array, i: Array) -> Any:
+        value, (carried, seen, stacked) = loss(params, carried, rows, i)
+        seen = {"loss": value, **seen}
+        seen = {name: v * share.astype(v.dtype) for name, v in seen.items()}
+        return seen["loss"], (seen, carried, stacked)
+
+    gradients = jax.grad(scaled, has_aux=True)
+    pieces, shares = cut(batch, n)
+    if n == 1:
+        rows = jax.tree.map(lambda a: a[0], pieces)
+        grads, (seen, carried, stacked) = gradients(
+            params, carried, rows, shares[0], jnp.int32(0)
+        )
+        return (seen, carried, jax.tree.map(lambda a: a[None], stacked), shares), grads
+
+    def add(sums: Any, piece: Any) -> Any:
+        total, carried = sums
+        grads, (seen, carried, stacked) = gradients(params, carried, *piece)
+        return (jax.tree.map(jnp.add, total, (seen, grads)), carried), stacked
+
+    first = jax.tree.map(lambda a: a[0], (pieces, shares, jnp.arange(n)))
+    like = jax.eval_shape(gradients, params, carried, *first)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (like[1][0], like[0]))
+    each = pieces, shares, jnp.arange(n)
+    ((seen, grads), carried), stacked = jax.lax.scan(add, (zeros, carried), each)
+    return (seen, carried, stacked, shares), grads
+
+
+def cut(batch: Any, n: int) -> tuple[Any, Float[Array, " n"]]:
+    """The pieces of a batch, stacked, and the share of the valid rows in each."""
+    pieces = jax.tree.map(
+        lambda a: a.reshape(a.shape[0] // n, n, *a.shape[1:]).swapaxes(0, 1), batch
+    )
+    if "mask" not in batch:
+        return pieces, jnp.full(n, 1 / n)
+    valid = pieces["mask"].sum(1)
+    return pieces, valid / jnp.maximum(valid.sum(), 1)
