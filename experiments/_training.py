@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 
-from sae_jax import rules
+from sae_jax import mesh, rules
 from sae_jax.activations import FromShards, Harvester, OnTheFly, Shards
 from sae_jax.config import (
     Data,
@@ -27,6 +27,7 @@ from sae_jax.config import (
 from sae_jax.evaluation import Evaluation, Evaluator
 from sae_jax.model import SAE
 from sae_jax.run import profile
+from sae_jax.run.devices import OneDevice, OnMesh, Pmap
 from sae_jax.run.folder import folder_fault
 from sae_jax.run.in_folder import train_in_folder
 from sae_jax.run.loop import EVERY, Every
@@ -51,7 +52,14 @@ class Wanted(NamedTuple):
 class Config(ModelConfig, TextConfig):
     """Settings of every such experiment; those of `beside` change no SAE."""
 
-    beside: ClassVar[tuple[str, ...]] = ("out", "wandb", "profile", "report")
+    beside: ClassVar[tuple[str, ...]] = (
+        "out",
+        "wandb",
+        "profile",
+        "mesh",
+        "runner",
+        "report",
+    )
 
     out: Annotated[str, "the run's folder; the same command goes on with it"] = ""
     rule_files: Annotated[
@@ -63,6 +71,14 @@ class Config(ModelConfig, TextConfig):
     profile: Annotated[
         int, "steps to trace, for a table of where their time goes; 0: none"
     ] = 0
+    mesh: Annotated[
+        tuple[str, ...],
+        "devices: rows spread over data, features over feature, as data:4,feature:2; "
+        "none: one device",
+    ] = ()
+    runner: Annotated[
+        Literal["jit", "pmap"], "pmap: all devices, each with all parameters"
+    ] = "jit"
     sae: Dictionary = Dictionary()
     data: Data = Data()
     train: Recipe = Recipe()
@@ -94,6 +110,7 @@ class Config(ModelConfig, TextConfig):
             yield "source=torch needs a package: pip install -e '.[torch]'"
         if self.profile < 0:
             yield f"profile={self.profile} must not be negative"
+        yield from self.train.faults(self.data.batch)
         yield from self.text_faults()
         yield from self.shard_faults()
         faults = self.model_faults(self.read_sites(), self.context)
@@ -133,9 +150,19 @@ class Config(ModelConfig, TextConfig):
                 member = self.make(w, widths)
                 self.train.knob.prepare(member.sae)
                 faults = [f"{w.rule}: {fault}" for fault in member.faults(widths)]
+                devices = self.devices()
+                faults += devices.faults(member.sae, self.train, self.data.batch)
             except ValueError as error:
                 faults = [f"{w.rule}: {line}" for line in str(error).split("\n")]
             yield from faults
+
+    def devices(self) -> OneDevice:
+        """Where to train."""
+        if self.runner == "pmap":
+            if self.mesh:
+                raise ValueError("runner=pmap has no mesh; leave out one of the two")
+            return Pmap()
+        return OnMesh(mesh.make(mesh.parse(self.mesh))) if self.mesh else OneDevice()
 
     def make(self, w: Wanted, widths: dict[str, int]) -> Member:
         """The member that one wish stands for."""
@@ -266,6 +293,7 @@ def run_training(config: Config, stop: Stop) -> Result:
         },
         wandb=config.wandb,
         profile=config.profile,
+        devices=config.devices(),
     )
     if config.profile:
         show_profile(Path(config.out).expanduser() / "profile")

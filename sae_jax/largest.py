@@ -10,9 +10,14 @@ the n largest numbers lies in one of the n blocks with the largest maxima. Ties 
 the lower index.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
+
+from sae_jax import mesh
+from sae_jax.mesh import CODES, DATA, FEATURE, ROWS
 
 BLOCK = 16
 GROUP = 64  # lanes that are searched at once; 16 and 64 take 2 to 3 ms of a step
@@ -28,8 +33,37 @@ def per_row(
     scores: Float[Array, "B F"], k: int
 ) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
     """`lax.top_k(scores, k)`; at k=32 and F=49,152 in two fifths of its time."""
-    scores = wide(scores)
+
+    def part(scores: Array) -> tuple[Array, Array]:
+        values, indices = of_part(scores, k)
+        return merged(values, indices, k, scores.shape[1], FEATURE)
+
+    return mesh.on_each(part, CODES, (ROWS, ROWS))(wide(scores))
+
+
+def merged(
+    values: Float[Array, "B n"],
+    indices: Int[Array, "B n"],
+    k: int,
+    size: int,
+    axis: str,
+) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """The k largest of what the devices of an axis found, each in its own `size`."""
+    if mesh.size(axis) == 1:
+        return values, indices
+    indices = indices + size * jax.lax.axis_index(axis)
+    values = mesh.together(values, axis, dimension=1)
+    indices = mesh.together(indices, axis, dimension=1)
+    values, places = jax.lax.top_k(values, k)
+    return values, jnp.take_along_axis(indices, places, axis=1)
+
+
+def of_part(
+    scores: Float[Array, "B F"], k: int
+) -> tuple[Float[Array, "B n"], Int[Array, "B n"]]:
+    """The k largest of each row, of scores that one device has, or all if fewer."""
     n_rows, n_features = scores.shape
+    k = min(k, n_features)
     if n_features % BLOCK or k * BLOCK * 8 > n_features:
         values, indices = jax.lax.top_k(scores, k)
         return values, indices
@@ -66,6 +100,54 @@ def of_all(
     return row[which], jnp.minimum(column, n_columns - 1)
 
 
+def mask_of_all(
+    scores: Float[Array, "B F"], count: Array | float
+) -> Bool[Array, "B F"]:
+    """Which are the `count` largest scores of all; on a mesh all stay where they are.
+
+    Devices tell each other how many lie above a trial, and how many are level with the
+    last, row by row: that settles ties as in `of_all`.
+    """
+
+    def part(scores: Array, count: Array) -> Array:
+        def total(per_row: Array) -> Array:
+            return mesh.total(per_row.sum(), DATA, FEATURE)
+
+        bits = _ordered(scores)
+        least = _bisected(bits, lambda above: total(above) >= count, ())
+        above, level = bits > least, bits == least
+        room = count - total(above.sum(1))
+        each = level.sum(1)
+        rows = mesh.total(each, FEATURE)
+        earlier = jnp.cumsum(rows) - rows + mesh.before(rows.sum(), DATA)
+        earlier = earlier + mesh.before(each, FEATURE)
+        return above | (level & (earlier[:, None] + jnp.cumsum(level, axis=1) <= room))
+
+    found = mesh.on_each(part, (CODES, mesh.WHOLE), CODES)
+    return found(wide(scores), jnp.asarray(count))
+
+
+def mask_of_each(
+    scores: Float[Array, "B F"], counts: Array, along: str
+) -> Bool[Array, "B F"]:
+    """The `counts` largest of each row, or of each column (along "data"), likewise."""
+    columns = along == DATA
+
+    def part(scores: Array, counts: Array) -> Array:
+        bits = _ordered(scores.T if columns else scores)
+        least = _bisected(
+            bits, lambda above: mesh.total(above, along) >= counts, counts.shape
+        )
+        above, level = bits > least[:, None], bits == least[:, None]
+        room = counts - mesh.total(above.sum(1), along)
+        room = room - mesh.before(level.sum(1), along)
+        found = above | (level & (jnp.cumsum(level, axis=1) <= room[:, None]))
+        return found.T if columns else found
+
+    of_counts = mesh.FEATURES if columns else ROWS
+    return mesh.on_each(part, (CODES, of_counts), CODES)(wide(scores), counts)
+
+
 def _ordered(scores: Array) -> Array:
     """Unsigned integers above 0 in the order of scores of 4 or 8 bytes."""
     bits = {4: jnp.uint32, 8: jnp.uint64}[scores.dtype.itemsize]
@@ -89,17 +171,25 @@ def _places(bits: UInt[Array, "R C"], count: Array | float, n: int) -> Int[Array
 
 
 def _kth(bits: UInt[Array, "R C"], count: Array | float) -> UInt[Array, ""]:
-    """The `count`-th largest, found bit by bit."""
+    """The `count`-th largest."""
+    return _bisected(bits, lambda per_row: per_row.sum() >= count, ())
+
+
+def _bisected(
+    bits: UInt[Array, "R C"], enough: Callable, shape: tuple[int, ...]
+) -> UInt[Array, "..."]:
+    """The largest v such that `enough(numbers >= v in each row)`, found bit by bit."""
     n_bits = 8 * bits.dtype.itemsize
 
     def halve(i: Array, found: Array) -> Array:
         one = jnp.ones((), bits.dtype)
         trial = found | (one << (n_bits - 1 - i).astype(bits.dtype))
+        reached = bits >= (trial[:, None] if shape else trial)
         # Sums of floats are fast, of booleans eight times slower; exact in a row.
-        enough = jnp.where(bits >= trial, 1.0, 0.0).sum(1).astype(jnp.int32).sum()
-        return jnp.where(enough >= count, trial, found)
+        per_row = jnp.where(reached, 1.0, 0.0).sum(1).astype(jnp.int32)
+        return jnp.where(enough(per_row), trial, found)
 
-    return jax.lax.fori_loop(0, n_bits, halve, jnp.zeros((), bits.dtype))
+    return jax.lax.fori_loop(0, n_bits, halve, jnp.zeros(shape, bits.dtype))
 
 
 def _compacted(mask: Bool[Array, " M"], n: int) -> Int[Array, " n"]:

@@ -7,6 +7,7 @@ product; and it turns a gather of K values per row into dense [B, F] gradients, 
 sums over pairs suffice.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,10 +15,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from sae_jax import pair_sums
+from sae_jax import mesh, pair_sums
 from sae_jax.codes import Codes, Pairs, Sparse, as_pairs
+from sae_jax.mesh import CODES, DATA, FEATURE, FEATURES, ROWS, WHOLE
 
 
 @flax.struct.dataclass
@@ -108,13 +111,21 @@ def _preactivations_at_forward(x, W_enc, b_enc, b_pre, rows, features, picked, d
 
 
 def _preactivations_at_backward(dtype, saved, g):
-    x, W_enc, b_enc, b_pre, rows, features = saved
-    d_bias = jnp.zeros(b_enc.shape, g.dtype).at[features].add(g)
-    d_x = pair_sums.weighted_sum(g, features, W_enc, rows, x.shape[0], dtype)
-    d_W = _by_feature(g, rows, x - b_pre, features, W_enc.shape[0], dtype)
-    d_pre = -(d_bias @ W_enc.astype(g.dtype))
-    four = _like((d_x, d_W, d_bias, d_pre), (x, W_enc, b_enc, b_pre))
-    return (*four, None, None, None)
+
+    def part(x, W_enc, b_enc, b_pre, rows, features, g):
+        rows, _ = mesh.own(rows, x.shape[0], DATA)  # all are
+        features, mine = mesh.own(features, W_enc.shape[0], FEATURE)
+        g = jnp.where(mine, g, 0)
+        d_bias = jnp.zeros(b_enc.shape, g.dtype).at[features].add(g)
+        d_bias = mesh.total(d_bias, DATA)
+        d_x = pair_sums.weighted_sum(g, features, W_enc, rows, x.shape[0], dtype)
+        d_W = _by_feature(g, rows, x - b_pre, features, W_enc.shape[0], dtype)
+        d_pre = -mesh.total(d_bias @ W_enc.astype(g.dtype), FEATURE)
+        return mesh.total(d_x, FEATURE), mesh.total(d_W, DATA), d_bias, d_pre
+
+    spread = ROWS, FEATURES, FEATURES, WHOLE
+    found = mesh.on_each(part, (*spread, ROWS, ROWS, ROWS), spread)(*saved, g)
+    return (*_like(found, saved[:4]), None, None, None)
 
 
 preactivations_at.defvjp(_preactivations_at_forward, _preactivations_at_backward)
@@ -145,11 +156,7 @@ def decode_slices(
     The last edge is the number of features. All together cost one decode.
     """
     if not isinstance(codes, Sparse | Pairs):
-        starts = [0, *edges][:-1]
-        return [
-            dot(codes[:, low:high], W_dec[low:high], dtype)
-            for low, high in zip(starts, edges, strict=True)
-        ]
+        return _dense_slices(codes, W_dec, edges, dtype)
     codes = as_pairs(codes)
     which = jnp.searchsorted(jnp.asarray(edges), codes.features, side="right")
     into = codes.rows * len(edges) + which
@@ -158,17 +165,55 @@ def decode_slices(
     return list(found.reshape(codes.n_rows, len(edges), -1).swapaxes(0, 1))
 
 
+def _dense_slices(codes, W_dec, edges, dtype):
+    """`decode_slices` of dense codes.
+
+    On a mesh the edges lie elsewhere on each device. So each cuts its features at all
+    of these places, and adds what lies between two of them to the slice it belongs to.
+    """
+    starts = [0, *edges][:-1]
+    if not mesh.spread():
+        return [
+            dot(codes[:, low:high], W_dec[low:high], dtype)
+            for low, high in zip(starts, edges, strict=True)
+        ]
+
+    def part(codes, W_dec):
+        n = W_dec.shape[0]
+        cuts = sorted({0, n, *(edge % n for edge in edges)})
+        first = n * jax.lax.axis_index(FEATURE)
+        wide = jnp.promote_types(jnp.float32, dtype)
+        total = jnp.zeros((len(edges), codes.shape[0], W_dec.shape[1]), wide)
+        for low, high in itertools.pairwise(cuts):
+            which = jnp.searchsorted(jnp.asarray(edges), first + low, side="right")
+            found = dot(codes[:, low:high], W_dec[low:high], dtype)
+            total = total.at[which].add(found)
+        return mesh.total(total, FEATURE)
+
+    slices = jax.shard_map(
+        part, in_specs=(CODES, FEATURES), out_specs=PartitionSpec(None, DATA)
+    )
+    return list(slices(codes, W_dec))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sparse_decode(values, indices, W_dec, dtype):
     """One slot of all rows at a time: three times as fast as pairs."""
     wide = jnp.promote_types(jnp.float32, dtype)
 
-    def add_slot(total, slot):
-        picked = W_dec[slot[1]].astype(dtype).astype(wide)
-        return total + slot[0].astype(dtype).astype(wide)[:, None] * picked, None
+    def part(values, indices, W_dec):
+        indices, mine = mesh.own(indices, W_dec.shape[0], FEATURE)
+        values = jnp.where(mine, values, 0)
 
-    start = jnp.zeros((values.shape[0], W_dec.shape[1]), wide)
-    return jax.lax.scan(add_slot, start, (values.T, indices.T))[0]
+        def add_slot(total, slot):
+            picked = W_dec[slot[1]].astype(dtype).astype(wide)
+            return total + slot[0].astype(dtype).astype(wide)[:, None] * picked, None
+
+        start = jnp.zeros((values.shape[0], W_dec.shape[1]), wide)
+        found = jax.lax.scan(add_slot, start, (values.T, indices.T))[0]
+        return mesh.total(found, FEATURE)
+
+    return mesh.on_each(part, (ROWS, ROWS, FEATURES), ROWS)(values, indices, W_dec)
 
 
 def _sparse_decode_forward(values, indices, W_dec, dtype):
@@ -176,17 +221,27 @@ def _sparse_decode_forward(values, indices, W_dec, dtype):
 
 
 def _sparse_decode_backward(dtype, saved, g):
-    values, indices, W_dec = saved
 
-    def value_gradient(_, slot_indices):
-        picked = W_dec[slot_indices].astype(dtype)
-        return None, jnp.sum(picked.astype(g.dtype) * g, axis=1)
+    def part(values, indices, W_dec, g):
+        indices, mine = mesh.own(indices, W_dec.shape[0], FEATURE)
+        values = jnp.where(mine, values, 0)
 
-    _, d_values = jax.lax.scan(value_gradient, None, indices.T)
-    flat = as_pairs(Sparse(values, indices, W_dec.shape[0]))
-    places = flat.rows, g, flat.features, flat.n_features
-    d_W = _by_feature(flat.values, *places, dtype)
-    return (*_like((d_values.T,), (values,)), None, *_like((d_W,), (W_dec,)))
+        def value_gradient(_, slot_indices):
+            picked = W_dec[slot_indices].astype(dtype)
+            return None, jnp.sum(picked.astype(g.dtype) * g, axis=1)
+
+        _, d_values = jax.lax.scan(value_gradient, None, indices.T)
+        flat = as_pairs(Sparse(values, indices, W_dec.shape[0]))
+        places = flat.rows, g, flat.features, flat.n_features
+        d_W = _by_feature(flat.values, *places, dtype)
+        d_values = jnp.where(mine, d_values.T, 0)
+        return mesh.total(d_values, FEATURE), mesh.total(d_W, DATA)
+
+    values, _, W_dec = saved
+    spread = ROWS, ROWS, FEATURES, ROWS
+    found = mesh.on_each(part, spread, (ROWS, FEATURES))(*saved, g)
+    d_values, d_W = _like(found, (values, W_dec))
+    return d_values, None, d_W
 
 
 _sparse_decode.defvjp(_sparse_decode_forward, _sparse_decode_backward)

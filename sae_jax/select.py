@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sae_jax import codes, largest, products
+from sae_jax import codes, largest, mesh, products
+from sae_jax.mesh import CODES, DATA, FEATURE, FEATURES, ROWS, WHOLE
 from sae_jax.piecewise import by_rows
 
 # Sparse codes beat dense ones while K/F is below this: at B=4096, D=768, F=12288
@@ -62,7 +63,7 @@ def keep(
     if isinstance(chosen, Rows):
         picked = chosen.picked
         if picked is None:
-            picked = jnp.take_along_axis(encoder.pre, chosen.indices, axis=1)
+            picked = _read(encoder.pre, chosen.indices)
         places = codes.Sparse(picked, chosen.indices, n_features)
         picked = _at(encoder, codes.as_pairs(places)).reshape(picked.shape)
         values = jnp.where(chosen.keep, value(picked), 0)
@@ -102,36 +103,62 @@ def rows(
     exists, which saves a fifth of encoding and selecting together.
     """
     given = scores.pre if isinstance(scores, products.Encoder) else scores
-    n_rows, n_features = given.shape
+    n_features = given.shape[1]
     count_max = min(count_max, n_features)
     sparse = count_max < SPARSE_BELOW * n_features
+    if mesh.spread() and not sparse:
+        counts = jnp.broadcast_to(jnp.minimum(count, count_max), given.shape[0])
+        return largest.mask_of_each(given, counts, FEATURE)
     if sparse and isinstance(scores, products.Encoder):
         picked, indices = _of_encoder(scores, count_max)
     else:
         picked, (_, indices) = None, largest.per_row(given, count_max)
     kept = jnp.broadcast_to(jnp.arange(count_max) < count, indices.shape)
-    if sparse:
-        return Rows(indices, kept, picked)
-    mask = jnp.zeros(given.shape, bool)
-    return mask.at[jnp.arange(n_rows)[:, None], indices].set(kept)
+    return Rows(indices, kept, picked) if sparse else _mask(indices, kept, n_features)
 
 
 def _of_encoder(encoder: products.Encoder, k: int) -> tuple[Array, Array]:
     """Values and places of the k largest pre-activations of each row."""
 
-    def some(x: Array) -> tuple[Array, Array]:
-        rest = encoder.W_enc, encoder.b_enc, encoder.b_pre, encoder.dtype
-        pre = products.preactivations(x, *rest)
-        # Else the maxima of blocks are fused with the product, which slows it down.
-        return largest.per_row(jax.lax.optimization_barrier(pre), k)
+    def part(x: Array, *rest: Array) -> tuple[Array, Array]:
+        def some(x: Array) -> tuple[Array, Array]:
+            pre = largest.wide(products.preactivations(x, *rest, encoder.dtype))
+            # Else the maxima of blocks are fused with the product, which slows it down.
+            return largest.of_part(jax.lax.optimization_barrier(pre), k)
 
-    return by_rows(some, ROWS_ENCODED, encoder.x)
+        values, indices = by_rows(some, ROWS_ENCODED, x)
+        return largest.merged(values, indices, k, rest[0].shape[0], FEATURE)
+
+    factors = encoder.x, encoder.W_enc, encoder.b_enc, encoder.b_pre
+    spread = ROWS, FEATURES, FEATURES, WHOLE
+    found = mesh.on_each(part, spread, (ROWS, ROWS))
+    return found(*jax.lax.stop_gradient(factors))
+
+
+def _read(scores: Float[Array, "B F"], indices: Int[Array, "B K"]) -> Array:
+    """The scores at indices of each row."""
+
+    def part(scores: Array, indices: Array) -> Array:
+        indices, mine = mesh.own(indices, scores.shape[1], FEATURE)
+        found = jnp.take_along_axis(scores, indices, axis=1)
+        return mesh.total(jnp.where(mine, found, 0), FEATURE)
+
+    read = mesh.on_each(part, (CODES, ROWS), ROWS)
+    return read(jax.lax.stop_gradient(scores), indices)
+
+
+def _mask(indices: Array, kept: Array, n: int) -> Bool[Array, "M n"]:
+    """True where an index of a row stands and is kept."""
+    mask = jnp.zeros((indices.shape[0], n), bool)
+    return mask.at[jnp.arange(indices.shape[0])[:, None], indices].set(kept)
 
 
 def batch(
     scores: Float[Array, "B F"], count: Array | float, *, count_max: int
 ) -> Bool[Array, "B F"] | Entries:
     """The `count` largest scores of the whole batch."""
+    if mesh.spread():
+        return largest.mask_of_all(scores, count)
     count_max = min(count_max, scores.size)
     rows, features = largest.of_all(scores, count, count_max=count_max)
     kept = jnp.arange(count_max) < count
@@ -145,11 +172,12 @@ def columns(
 ) -> Bool[Array, "B F"]:
     """The `counts` largest scores of each column; one count for all, or `[F]`."""
     n_rows, n_features = scores.shape
-    _, indices = largest.per_row(scores.T, min(count_max, n_rows))
-    keep = jnp.arange(indices.shape[1]) < jnp.reshape(jnp.asarray(counts), (-1, 1))
-    keep = jnp.broadcast_to(keep, indices.shape)
-    mask = jnp.zeros((n_features, n_rows), bool)
-    return mask.at[jnp.arange(n_features)[:, None], indices].set(keep).T
+    counts = jnp.broadcast_to(jnp.asarray(counts), n_features)
+    counts = jnp.minimum(counts, min(count_max, n_rows))
+    if mesh.spread():
+        return largest.mask_of_each(scores, counts, DATA)
+    _, indices = largest.of_part(largest.wide(scores).T, min(count_max, n_rows))
+    return _mask(indices, jnp.arange(indices.shape[1]) < counts[:, None], n_rows).T
 
 
 def norm_cut(
@@ -175,14 +203,21 @@ def norm_cut(
     """
     if lengths is None:
         lengths = jnp.ones(scores.shape[1:], scores.dtype)
-    cut = partial(_norm_cut, lengths=largest.wide(lengths), how=how)
-    return by_rows(cut, ROWS_CUT, scores, largest.wide(target))
+
+    def part(scores: Array, target: Array, lengths: Array) -> Array:
+        cut = partial(_norm_cut, lengths=lengths, how=how)
+        at_once = scores.shape[0] if mesh.inside(FEATURE) else ROWS_CUT
+        return by_rows(cut, at_once, scores, target)
+
+    cut = mesh.on_each(part, (CODES, ROWS, FEATURES), CODES)
+    return cut(*map(largest.wide, (scores, target, lengths)))
 
 
 def _norm_cut(scores: Array, target: Array, *, lengths: Array, how: Cut) -> Array:
     """`norm_cut` of rows that fit into the cache."""
-    strengths = jnp.maximum(largest.wide(scores), 0) * lengths
-    exponent = jnp.frexp(jnp.maximum(strengths.max(1), target))[1]
+    strengths = jnp.maximum(scores, 0) * lengths
+    highest = mesh.most(strengths.max(1), FEATURE)
+    exponent = jnp.frexp(jnp.maximum(highest, target))[1]
     one = jnp.ones((), target.dtype)
     half = exponent // 2  # 2 ** -exponent itself may be too small to be written
     scales = jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent)
@@ -192,8 +227,8 @@ def _norm_cut(scores: Array, target: Array, *, lengths: Array, how: Cut) -> Arra
     cut = _crossing(squares, target)
     above = squares > cut[:, None]
     level = squares == cut[:, None]
-    before = jnp.where(above, squares, 0).sum(1)
-    n_above, n_level = above.sum(1), level.sum(1)
+    before = mesh.total(jnp.where(above, squares, 0).sum(1), FEATURE)
+    n_above, n_level = (mesh.total(m.sum(1), FEATURE) for m in (above, level))
 
     def length(taken: Array) -> Array:
         return jnp.sqrt(before + taken * cut)
@@ -210,7 +245,8 @@ def _norm_cut(scores: Array, target: Array, *, lengths: Array, how: Cut) -> Arra
     # ...or one less, if that is as near.
     under, over = target - length(taken - 1), length(taken) - target
     taken = jnp.where((over >= 0) & (under <= over), taken - 1, taken)
-    taken = jnp.where(n_above + taken == squares.shape[1], taken - 1, taken)
+    n_features = squares.shape[1] * mesh.size(FEATURE)
+    taken = jnp.where(n_above + taken == n_features, taken - 1, taken)
     taken = jnp.maximum(taken, (n_above == 0).astype(taken.dtype))  # m is at least 1
     return above | _first(level, taken)
 
@@ -233,19 +269,21 @@ def _crossing(squares: Array, target: Array) -> Array:
         trial = found | (jnp.ones((), bits) << (n_bits - 1 - i).astype(bits))
         threshold = jax.lax.bitcast_convert_type(trial, squares.dtype)
         kept = jnp.where(squares >= threshold[:, None], squares, 0)
-        return jnp.where(jnp.sqrt(kept.sum(1)) >= target, trial, found)
+        norm = jnp.sqrt(mesh.total(kept.sum(1), FEATURE))
+        return jnp.where(norm >= target, trial, found)
 
     start = jnp.zeros(target.shape, bits)
     found = jax.lax.fori_loop(0, n_bits, halve, start)
     value = jax.lax.bitcast_convert_type(found, squares.dtype)
-    total = squares.sum(1)
+    total = mesh.total(squares.sum(1), FEATURE)
     counts = squares > total[:, None] * jnp.finfo(squares.dtype).eps
-    smallest = jnp.where(counts, squares, 1).min(1)
+    smallest = mesh.least(jnp.where(counts, squares, 1).min(1), FEATURE)
     return jnp.where(jnp.sqrt(total) >= target, jnp.maximum(value, smallest), smallest)
 
 
 def _first(mask: Array, count: Array) -> Array:
     """The first `count` true entries of each row of a mask."""
+    count = count - mesh.before(mask.sum(1), FEATURE)
     partly = (count > 0) & (count < mask.sum(1))
 
     def some(_: None) -> Array:

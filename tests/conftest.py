@@ -8,6 +8,8 @@ import pytest
 
 import sae_jax
 
+jax.config.update("jax_num_cpu_devices", 8)  # simulated; most tests use one
+
 # A user's own rules, from a file outside the package: from here on every test that
 # runs over the registered rules runs over these as well.
 USER_RULES = Path(__file__).parent / "user_rules.py"

@@ -44,7 +44,7 @@ def whole(name, masked):
     return stepped(name, 1, HALF_VALID if masked else None)
 
 
-@pytest.mark.parametrize(("n", "mask"), [(2, None), (B, None), (3, HALF_VALID)])
+@pytest.mark.parametrize(("n", "mask"), [(B, None), (3, HALF_VALID)])
 @pytest.mark.parametrize("name", FORGETFUL)
 def test_pieces_give_the_step_of_the_whole_batch(name, mask, n):
     state, metrics = whole(name, masked=mask is not None)

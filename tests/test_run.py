@@ -15,8 +15,8 @@ import pytest
 from sae_jax.activations.in_memory import Given, InMemory
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
+from sae_jax.run import devices as devices_module
 from sae_jax.run import loop as loop_module
-from sae_jax.run import members as members_module
 from sae_jax.run.checkpoints import Checkpoints, Restored
 from sae_jax.run.log import JsonLines
 from sae_jax.run.loop import Every, Loop, NotFinite
@@ -431,13 +431,13 @@ def test_between_log_points_nothing_waits_for_the_device(quick, monkeypatch):
 
 
 def test_alike_members_share_a_program(monkeypatch):
-    compiled, traced, gathered = [], [], members_module.gathered
+    compiled, traced, gathered = [], [], devices_module.gathered
     real = jax.stages.Lowered.compile
     monkeypatch.setattr(
         jax.stages.Lowered, "compile", lambda self: compiled.append(1) or real(self)
     )
     monkeypatch.setattr(
-        members_module, "gathered", lambda step: traced.append(1) or gathered(step)
+        devices_module, "gathered", lambda step: traced.append(1) or gathered(step)
     )
     sae, other = SAE(8, 16, "topk(k=3)"), SAE(8, 16, "topk(k=2)")
     members = {f"seed{i}": Member(sae, "a", seed=i) for i in range(3)}

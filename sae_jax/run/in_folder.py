@@ -9,6 +9,7 @@ from typing import Any
 
 from sae_jax import checks
 from sae_jax.run.checkpoints import Checkpoints
+from sae_jax.run.devices import ONE_DEVICE, OneDevice
 from sae_jax.run.folder import RunFolder
 from sae_jax.run.log import JsonLines, Log, TensorBoard, Timing, Wandb, read_lines
 from sae_jax.run.loop import EVERY, Evaluate, Every, Loop
@@ -34,6 +35,7 @@ def train_in_folder(
     about: Mapping[str, Any] | None = None,
     wandb: str = "",
     profile: int = 0,
+    devices: OneDevice = ONE_DEVICE,
     progress: bool = True,
 ) -> dict[str, TrainedSAE]:
     """Trains, or goes on training, and saves the SAEs below `path`.
@@ -50,6 +52,7 @@ def train_in_folder(
       about: provenance, kept with every SAE.
       wandb: project of Weights & Biases, if metrics go there as well.
       profile: how many steps to trace, into the folder's `profile`.
+      devices: where to train; see `sae_jax.run.devices`.
       progress: whether to show a bar.
     """
 
@@ -83,6 +86,7 @@ def train_in_folder(
             timing=timing,
             stop=stop,
             profile=Profile(folder / "profile", profile) if profile else None,
+            devices=devices,
             progress=progress,
         ).run()
         lines = read_lines(folder / METRICS)  # those before a resume as well

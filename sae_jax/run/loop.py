@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sae_jax import checks
 from sae_jax.model import SAE
 from sae_jax.run.checkpoints import Checkpoints
+from sae_jax.run.devices import ONE_DEVICE, OneDevice
 from sae_jax.run.log import Log, Timing, plain
 from sae_jax.run.members import Held, Member, Rows, Stream, compile_steps, fresh, shapes
 from sae_jax.run.profile import Profile
@@ -76,6 +77,7 @@ class Loop:
       timing: notes when windows of steps end.
       stop: what saves when the process is told to end.
       profile: traces some steps.
+      devices: where to train; see `sae_jax.run.devices`.
       progress: whether to show a bar.
     """
 
@@ -92,6 +94,7 @@ class Loop:
         timing: Timing | None = None,
         stop: Stop | None = None,
         profile: Profile | None = None,
+        devices: OneDevice = ONE_DEVICE,
         progress: bool = True,
     ):
         faults = [
@@ -99,19 +102,24 @@ class Loop:
             for name, member in members.items()
             for fault in member.faults(stream.widths)
         ]
-        checks.raise_all([*faults, *recipe.faults(stream.batch)])
+        faults += recipe.faults(stream.batch)
+        for member in members.values():
+            faults += devices.faults(member.sae, recipe, stream.batch)
+        checks.raise_all(faults)
         self.members, self.stream, self.recipe = dict(members), stream, recipe
         self.every, self.checkpoints, self.evaluate = every, checkpoints, evaluate
         self.history: dict[str, list[dict[str, Any]]] = {name: [] for name in members}
         self._open_logs, self._show, self._stop = logs, progress, stop or Stop()
-        self._timing, self._profile = timing, profile
+        self._timing, self._profile, self._devices = timing, profile, devices
         self._unread: tuple[int, dict[str, Window]] | None = None
 
     def run(self) -> dict[str, TrainedSAE]:
         """Trains to the end, from the newest checkpoint if there is one."""
         found = None
         if self.checkpoints:
-            like = {"held": shapes(self.members, self.recipe, self.stream)}
+            like = {
+                "held": shapes(self.members, self.recipe, self.stream, self._devices)
+            }
             found = self.checkpoints.restore(like, tqdm.write)
         start = found.step if found else 0
         position = found.notes["position"] if found else None
@@ -125,7 +133,11 @@ class Loop:
         elif first is None:
             raise ValueError("there are no activations to train on")
         else:
-            held = {n: fresh(m, self.recipe, first) for n, m in self.members.items()}
+            with self._devices.entered():
+                held = {
+                    name: fresh(member, self.recipe, first)
+                    for name, member in self.members.items()
+                }
             self._point = Point(0, held, self.stream.position(0))
         total = self.recipe.steps * self.stream.batch
         done = start * self.stream.batch
@@ -152,7 +164,10 @@ class Loop:
         """Steps and duties, until all steps are done or the activations end."""
         steps = {}
         if rows is not None:
-            steps = compile_steps(self.members, self.recipe, self._point.held, rows)
+            with self._devices.entered():
+                steps = compile_steps(
+                    self.members, self.recipe, self._point.held, rows, self._devices
+                )
         if self._profile:
             self._profile.explain(steps.values())
         while True:
@@ -164,9 +179,10 @@ class Loop:
                 return
             with self._stop.lock:  # while a step runs, its state is nowhere whole
                 held = {}
+                placed = self._devices.rows(rows)
                 for name, (state, window) in self._point.held.items():
                     window = window.restarted() if logged else window
-                    batch = self.members[name].batch(rows)
+                    batch = self.members[name].batch(placed)
                     held[name] = Held(*steps[name](state, window, batch))
                 self._point = Point(t + 1, held, self.stream.position(t + 1))
             self._bar.step(self.stream.batch)
@@ -272,4 +288,5 @@ class Loop:
             "recipe": dataclasses.asdict(self.recipe),
         }
         sae = self.recipe.knob.reached(member.sae, state.step, state.control)
-        return TrainedSAE(sae, state.variables, about, self.history[name])
+        variables = self._devices.together(state.variables)
+        return TrainedSAE(sae, variables, about, self.history[name])

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sae_jax import mesh
 from sae_jax.model import SAE
+from sae_jax.run.devices import ONE_DEVICE, OneDevice
 from sae_jax.training.recipe import Recipe
 from sae_jax.training.step import Batch, TrainState, init_state
-from sae_jax.training.window import Window, empty, gathered
+from sae_jax.training.window import Window, empty
 from sae_jax.variables import Variables
 
 Rows = Mapping[str, Array]
@@ -93,34 +95,45 @@ def fresh(member: Member, recipe: Recipe, rows: Rows) -> Held:
         sample=batch["x"],
         target_sample=batch.get("target"),
     )
-    return Held(state, empty(recipe.make_step(member.sae, jit=False), state, batch))
+    step = recipe.make_step(member.sae, jit=False)
+    n_features = member.sae.n_features
+    window = mesh.made(lambda: empty(step, state, batch), n_features)
+    return Held(state, window)
 
 
 def shapes(
-    members: Mapping[str, Member], recipe: Recipe, stream: Stream
+    members: Mapping[str, Member],
+    recipe: Recipe,
+    stream: Stream,
+    devices: OneDevice = ONE_DEVICE,
 ) -> dict[str, Held]:
     """The shapes of `fresh`, without any data."""
     rows = {
         site: jax.ShapeDtypeStruct((stream.batch, width), jnp.float32)
         for site, width in stream.widths.items()
     }
-    return {
-        name: jax.eval_shape(lambda r, m=member: fresh(m, recipe, r), rows)
-        for name, member in members.items()
-    }
+    found = {}
+    for name, member in members.items():
+        held = jax.eval_shape(lambda r, m=member: fresh(m, recipe, r), rows)
+        found[name] = devices.like(held, member.sae.n_features)
+    return found
 
 
 def compile_steps(
-    members: Mapping[str, Member], recipe: Recipe, held: Mapping[str, Held], rows: Rows
+    members: Mapping[str, Member],
+    recipe: Recipe,
+    held: Mapping[str, Held],
+    rows: Rows,
+    devices: OneDevice = ONE_DEVICE,
 ) -> dict[str, Any]:
     """Each member's step, compiled before the first is run; alike ones only once."""
     programs: dict[Any, Any] = {}
     steps = {}
     for name, member in members.items():
-        batch = member.batch(rows)
+        batch = member.batch(devices.rows(rows))
         key = member.sae, member.target
         if key not in programs:
-            step = gathered(recipe.make_step(member.sae, jit=False))
+            step = devices.program(member.sae, recipe)
             programs[key] = step.lower(*held[name], batch).compile()
         steps[name] = programs[key]
     return steps

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from sae_jax import checks
+from sae_jax import checks, mesh
 from sae_jax.contract import Params
 from sae_jax.piecewise import by_rows
 
@@ -73,14 +73,17 @@ def unit_rows(params: Params) -> Params:
         piece = piece / jnp.where(norm > 0, norm, 1)
         return jax.lax.dynamic_update_slice_in_dim(rows, piece, start, 0)
 
-    W_dec = params["W_dec"]
-    n = W_dec.shape[0]
-    at_once = min(ROWS_AT_ONCE, n)
-    W_dec = jax.lax.fori_loop(
-        0, n // at_once, lambda i, w: normalise(w, i * at_once, at_once), W_dec
-    )
-    if n % at_once:
-        W_dec = normalise(W_dec, n - n % at_once, n % at_once)
+    def part(W_dec: Array) -> Array:
+        n = W_dec.shape[0]
+        at_once = min(ROWS_AT_ONCE, n)
+        W_dec = jax.lax.fori_loop(
+            0, n // at_once, lambda i, w: normalise(w, i * at_once, at_once), W_dec
+        )
+        if n % at_once:
+            W_dec = normalise(W_dec, n - n % at_once, n % at_once)
+        return W_dec
+
+    W_dec = mesh.on_each(part, mesh.FEATURES, mesh.FEATURES)(params["W_dec"])
     return {**params, "W_dec": W_dec}
 
 
@@ -107,5 +110,8 @@ def project(grads: Params, params: Params) -> Params:
         squares = jnp.square(rows).sum(1)
         return (g * rows).sum(1) / jnp.where(squares > 0, squares, 1)
 
-    share = by_rows(along, ROWS_AT_ONCE, g, rows)
+    def part(g: Array, rows: Array) -> Array:
+        return by_rows(along, ROWS_AT_ONCE, g, rows)
+
+    share = mesh.on_each(part, (mesh.FEATURES, mesh.FEATURES), mesh.FEATURES)(g, rows)
     return {**grads, "W_dec": g - share[:, None] * rows}

@@ -21,7 +21,7 @@ def fault(n_rows: int, n: int) -> str | None:
 
 
 def value_and_gradients(
-    loss: Callable, n: int, params: Any, carried: Any, batch: Any
+    loss: Callable, n: int, axis: str | None, params: Any, carried: Any, batch: Any
 ) -> tuple[tuple[Seen, Any, Any, Float[Array, " n"]], Any]:
     """Gradients of the mean loss over a batch, of which 1/n exists at a time.
 
@@ -31,6 +31,7 @@ def value_and_gradients(
     Args:
       loss: `(params, carried, batch, i) -> loss, (carried, seen, stacked)`.
       n: number of pieces.
+      axis: of `pmap`, whose devices have more pieces; what is carried stays theirs.
       params: what gradients are taken of.
       carried: what each piece gives the next.
       batch: arrays of rows; valid ones have a true `mask`, where there is one.
@@ -47,13 +48,14 @@ def value_and_gradients(
         return seen["loss"], (seen, carried, stacked)
 
     gradients = jax.grad(scaled, has_aux=True)
-    pieces, shares = cut(batch, n)
+    pieces, shares = cut(batch, n, axis)
     if n == 1:
         rows = jax.tree.map(lambda a: a[0], pieces)
         grads, (seen, carried, stacked) = gradients(
             params, carried, rows, shares[0], jnp.int32(0)
         )
-        return (seen, carried, jax.tree.map(lambda a: a[None], stacked), shares), grads
+        stacked = jax.tree.map(lambda a: a[None], stacked)
+        return summed(axis, seen, grads, carried, (stacked, shares))
 
     def add(sums: Any, piece: Any) -> Any:
         total, carried = sums
@@ -65,15 +67,25 @@ def value_and_gradients(
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (like[1][0], like[0]))
     each = pieces, shares, jnp.arange(n)
     ((seen, grads), carried), stacked = jax.lax.scan(add, (zeros, carried), each)
+    return summed(axis, seen, grads, carried, (stacked, shares))
+
+
+def summed(axis: str | None, seen: Any, grads: Any, carried: Any, each: Any) -> Any:
+    """What `value_and_gradients` returns, with the pieces of all devices in it."""
+    if axis is not None:
+        seen, grads = jax.lax.psum((seen, grads), axis)
+        each = jax.lax.all_gather(each, axis, tiled=True)
+    stacked, shares = each
     return (seen, carried, stacked, shares), grads
 
 
-def cut(batch: Any, n: int) -> tuple[Any, Float[Array, " n"]]:
+def cut(batch: Any, n: int, axis: str | None) -> tuple[Any, Float[Array, " n"]]:
     """The pieces of a batch, stacked, and the share of the valid rows in each."""
     pieces = jax.tree.map(
         lambda a: a.reshape(a.shape[0] // n, n, *a.shape[1:]).swapaxes(0, 1), batch
     )
     if "mask" not in batch:
-        return pieces, jnp.full(n, 1 / n)
+        return pieces, jnp.full(n, 1 / (n * jax.lax.axis_size(axis) if axis else n))
     valid = pieces["mask"].sum(1)
-    return pieces, valid / jnp.maximum(valid.sum(), 1)
+    total = jax.lax.psum(valid.sum(), axis) if axis else valid.sum()
+    return pieces, valid / jnp.maximum(total, 1)

@@ -70,7 +70,7 @@ class Recipe:
         rate = learning_rate(self.lr, self.steps, warmup=self.warmup, decay=self.decay)
         return adam(rate, b1=self.b1, b2=self.b2, clip=self.clip)
 
-    def make_step(self, sae: SAE, *, jit: bool = True) -> Step:
+    def make_step(self, sae: SAE, *, axis: str | None = None, jit: bool = True) -> Step:
         """The training step of an SAE."""
         wanted = {"rule": sae.bound.rule.aux_k, "always": True, "never": False}
         return make_step(
@@ -80,5 +80,6 @@ class Recipe:
             decoder_norm=self.decoder_norm,
             knob=self.knob,
             accumulate=self.accumulate,
+            axis=axis,
             jit=jit,
         )

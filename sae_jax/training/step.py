@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from sae_jax import checks, codes, losses
+from sae_jax import checks, codes, losses, mesh
 from sae_jax.architecture import DType
 from sae_jax.contract import Params
 from sae_jax.losses import AuxK
@@ -78,20 +78,25 @@ def init_state(
     Pass `variables` to start from an SAE that exists, or the samples that `SAE.init`
     asks for.
     """
-    key_init, key_steps = jax.random.split(key)
-    if variables is None:
-        variables = sae.init(key_init, sample=sample, target_sample=target_sample)
-    else:
-        variables = jax.tree.map(jnp.copy, variables)  # these stay the caller's
-    variables, opt_state = _apart((variables, optimiser.init(variables.params)))
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        variables=variables,
-        opt_state=opt_state,
-        steps_idle=jnp.zeros(sae.n_features, jnp.int32),
-        control=jnp.ones((), jnp.float32),
-        key=key_steps,
-    )
+
+    def start(key: Array, variables: Any, sample: Any, target_sample: Any) -> Any:
+        key_init, key_steps = jax.random.split(key)
+        if variables is None:
+            variables = sae.init(key_init, sample=sample, target_sample=target_sample)
+        else:
+            variables = jax.tree.map(jnp.copy, variables)  # these stay the caller's
+        variables, opt_state = _apart((variables, optimiser.init(variables.params)))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            variables=variables,
+            opt_state=opt_state,
+            steps_idle=jnp.zeros(sae.n_features, jnp.int32),
+            control=jnp.ones((), jnp.float32),
+            key=key_steps,
+        )
+
+    given = key, variables, sample, target_sample
+    return mesh.made(start, sae.n_features, *given)
 
 
 def _apart(arrays: Any) -> Any:
@@ -116,6 +121,7 @@ def make_step(
     knob: Knob = CONSTANT,
     loss_dtypes: Mapping[str, DType] = MappingProxyType({}),
     accumulate: int = 1,
+    axis: str | None = None,
     jit: bool = True,
 ) -> Step:
     """Builds the training step of an SAE.
@@ -139,6 +145,8 @@ def make_step(
         so that codes exist for one piece at a time. The same step, unless the rule
         looks over a batch, remembers batches or draws numbers: to it each piece is one.
         A feature that a later piece revives still counts as dead before it.
+      axis: name of a `jax.pmap` axis along which the rows of a batch are spread: sums
+        over rows go over it. Not for rules that look over a batch or remember it.
       jit: compile, and let the step reuse the buffers of the state that it is given.
     """
     faults = [
@@ -164,7 +172,9 @@ def make_step(
         checks.raise_all(filter(None, [pieces.fault(len(batch["x"]), accumulate)]))
         turned = knob.value(sae, state.step, state.control)
         mask = batch.get("mask")
-        one = jnp.int32(1) if mask is None else mask.any().astype(jnp.int32)
+        one = jnp.int32(1)
+        if mask is not None:
+            one = anywhere(mask.any(), axis).astype(jnp.int32)
 
         def piece_loss(
             params: Params, carried: Any, rows: Batch, i: Array, *, some_dead: bool
@@ -183,7 +193,7 @@ def make_step(
                 train=True,
                 knob=turned,
             )
-            fired |= codes.fired(out.codes, mask)
+            fired |= anywhere(codes.fired(out.codes, mask), axis)
             steps_idle = jnp.where(fired, 0, state.steps_idle + one)
             terms = loss_terms(
                 out, mask, steps_idle if some_dead else None, aux, dtypes=loss_dtypes
@@ -198,6 +208,7 @@ def make_step(
             return pieces.value_and_gradients(
                 functools.partial(piece_loss, some_dead=some_dead),
                 accumulate,
+                axis,
                 params,
                 (state.variables.state, fired),
                 batch,
@@ -243,6 +254,11 @@ def make_step(
             control=knob.steer(sae, state.control, seen["l0"]),
             key=state.key,
         )
-        return state, metrics
+        return mesh.constrained(state, sae.n_features), metrics
 
     return jax.jit(step, donate_argnums=0) if jit else step
+
+
+def anywhere(found: Array, axis: str | None) -> Array:
+    """Whether it is so on any device of an axis."""
+    return found if axis is None else jax.lax.pmax(found, axis)

@@ -4,6 +4,7 @@ Losses and the like are averaged; counts and settings (`dead`, `knob`) are those
 last step; the first step whose loss or gradient was not finite is remembered.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -68,8 +69,8 @@ def empty(step: Step, state: TrainState, batch: Batch) -> Window:
     )
 
 
-def gathered(step: Step) -> jax.stages.Wrapped:
-    """`(state, window, batch) -> (state, window)`, compiled; reuses their buffers."""
+def gathered(step: Step) -> Callable[..., tuple[TrainState, Window]]:
+    """`(state, window, batch) -> (state, window)`."""
 
     def gather(
         state: TrainState, window: Window, batch: Batch
@@ -77,4 +78,4 @@ def gathered(step: Step) -> jax.stages.Wrapped:
         state, metrics = step(state, batch)
         return state, window.add(metrics)
 
-    return jax.jit(gather, donate_argnums=(0, 1))
+    return gather

@@ -1,0 +1,114 @@
+"""On what devices a run trains: on one, over a mesh, or by `pmap`."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from sae_jax import mesh
+from sae_jax.model import SAE
+from sae_jax.training.recipe import Recipe
+from sae_jax.training.window import gathered
+
+AXIS = "rows"  # of pmap; not `data`, which on a mesh is summed over by whom it concerns
+
+
+class OneDevice:
+    """The first device, by `jit`."""
+
+    def faults(self, sae: SAE, recipe: Recipe, batch: int) -> Iterator[str]:
+        """What cannot be trained like this."""
+        yield from ()
+
+    def entered(self) -> AbstractContextManager:
+        """Where states are made and steps are compiled."""
+        return nullcontext()
+
+    def like(self, shapes: Any, n_features: int) -> Any:
+        """Shapes of a state, with the devices that its arrays are on."""
+        return shapes
+
+    def rows(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Activations, brought to where they are used."""
+        return rows
+
+    def together(self, tree: Any) -> Any:
+        """Arrays of a state on one device."""
+        return tree
+
+    def program(self, sae: SAE, recipe: Recipe) -> Any:
+        """The step with its window, ready to be lowered."""
+        step = gathered(recipe.make_step(sae, jit=False))
+        return jax.jit(step, donate_argnums=(0, 1))
+
+
+ONE_DEVICE = OneDevice()
+
+
+class OnMesh(OneDevice):
+    """Devices in a mesh: rows spread over one axis, features over the other."""
+
+    def __init__(self, devices: Mesh):
+        self._mesh = devices
+
+    def faults(self, sae: SAE, recipe: Recipe, batch: int) -> Iterator[str]:
+        """Rows and features must be spread evenly."""
+        at_once = batch // recipe.accumulate
+        yield from mesh.misfits(self._mesh.shape, at_once, sae.n_features)
+
+    def entered(self) -> AbstractContextManager:
+        """Inside, all arrays are spread over the mesh."""
+        return jax.set_mesh(self._mesh)
+
+    def like(self, shapes: Any, n_features: int) -> Any:
+        """Each array in parts."""
+        with self.entered():
+            return mesh.like(shapes, n_features)
+
+    def rows(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Each device gets the rows of its place on the axis of rows."""
+        return jax.device_put(dict(rows), NamedSharding(self._mesh, mesh.ROWS))
+
+    def together(self, tree: Any) -> Any:
+        """On the first device."""
+        return jax.device_put(tree, self._mesh.devices.flat[0])
+
+
+class Pmap(OneDevice):
+    """All devices, each with all parameters and its part of the rows, by `jax.pmap`.
+
+    `OnMesh` with `{"data": n}` does the same and more; this is the older way to say it.
+    """
+
+    def __init__(self) -> None:
+        self._n = jax.device_count()
+
+    def faults(self, sae: SAE, recipe: Recipe, batch: int) -> Iterator[str]:
+        """A rule may not see more than its device's rows."""
+        yield from mesh.misfits({mesh.DATA: self._n}, batch // recipe.accumulate, 1)
+        name, state = sae.bound.rule.name, sae.shapes().state
+        if sae.bound.rule.couples_batch or state:
+            yield (
+                f"runner=pmap cannot train {name}, which looks over whole batches or "
+                f"remembers them: a device sees a part. Use --mesh=data:{self._n}."
+            )
+        if "key" in sae.bound.rule.needs:
+            yield (
+                f"runner=pmap cannot train {name}: all devices would draw the same "
+                f"random numbers. Use --mesh=data:{self._n}."
+            )
+
+    def rows(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With a first axis of devices."""
+        return {s: x.reshape(self._n, -1, x.shape[-1]) for s, x in rows.items()}
+
+    def together(self, tree: Any) -> Any:
+        """On the first device; all have the same."""
+        return jax.device_put(tree, jax.devices()[0])
+
+    def program(self, sae: SAE, recipe: Recipe) -> Any:
+        """The same state on all devices; sums are taken over them."""
+        step = gathered(recipe.make_step(sae, jit=False, axis=AXIS))
+        return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None)
