@@ -39,10 +39,12 @@ lint: install
 	$(BIN)/lint-imports --no-logo
 
 test: lint
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow' --ignore=tests/on_devices
+	$(PYTEST) -m 'not slow' tests/on_devices
 
 test-slow: install
-	$(PYTEST) -m slow -rP
+	$(PYTEST) -m slow -rP --ignore=tests/on_devices
+	$(PYTEST) -m slow -rP tests/on_devices
 
 PEERS := .venv-peers
 PEERS_PYTHON ?= python3.11

@@ -9,7 +9,7 @@ again = sae_jax.load("runs/mine")
 import importlib
 import typing
 
-from sae_jax import codes, over_batch, quasi_orthogonality, select
+from sae_jax import codes, mesh, over_batch, quasi_orthogonality, select
 from sae_jax.checks import Signed, require_finite
 from sae_jax.codes import Sparse, to_dense
 from sae_jax.contract import (
@@ -83,6 +83,7 @@ __all__ = [
     "load",
     "load_file",
     "make_step",
+    "mesh",
     "over_batch",
     "parse",
     "quasi_orthogonality",

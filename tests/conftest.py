@@ -8,8 +8,6 @@ import pytest
 
 import sae_jax
 
-jax.config.update("jax_num_cpu_devices", 8)  # simulated; most tests use one
-
 # A user's own rules, from a file outside the package: from here on every test that
 # runs over the registered rules runs over these as well.
 USER_RULES = Path(__file__).parent / "user_rules.py"
@@ -19,9 +17,11 @@ sae_jax.load_file(USER_RULES)
 def pytest_configure(config):
     """Lets workers and later runs share what was compiled, which is most of the time.
 
-    A worker that finds an entry half written compiles for itself.
+    A worker that finds an entry half written compiles for itself. Programs compiled for
+    another number of threads, which comes with that of devices, would crash it.
     """
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    name = f"xla-{jax.config.jax_num_cpu_devices}"
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(name)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
