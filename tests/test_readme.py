@@ -40,12 +40,13 @@ def examples():
 
 
 def test_the_examples_run_and_do_what_they_say(capsys):
-    trained, stepped, read, audited, ruled = examples()
+    trained, stepped, spread, read, audited, ruled = examples()
     assert "'nmse'" in capsys.readouterr().out
     assert trained["sae"].history[-1]["nmse"] < 0.2
     assert trained["x_hat"].shape == (4096, 64)
     assert (trained["again"](trained["activations"])[1] == trained["codes"]).all()
     assert stepped["metrics"]["l0"] == 8
+    assert spread["metrics"]["l0"] == 8
     assert read["plain"].values["head_out.1"].shape == (*read["tokens"].shape, 192)
     assert read["plain"].losses.mean() < read["without"].losses.mean()
     assert read["gradients"]["resid_post.2"].any()
