@@ -27,7 +27,7 @@ from sae_jax.config import (
 from sae_jax.evaluation import Evaluation, Evaluator
 from sae_jax.model import SAE
 from sae_jax.run import profile
-from sae_jax.run.devices import OneDevice, OnMesh, Pmap
+from sae_jax.run.devices import ONE_DEVICE, OneDevice, OnMesh, Pmap
 from sae_jax.run.folder import folder_fault
 from sae_jax.run.in_folder import train_in_folder
 from sae_jax.run.loop import EVERY, Every
@@ -145,12 +145,16 @@ class Config(ModelConfig, TextConfig):
         widths = {site: lm.width(site) for site in self.read_sites()}
         if not self.wanted():
             yield "no SAE is asked for: rules, sites, factors or seeds are none"
+        try:
+            devices = self.devices()
+        except ValueError as error:
+            yield str(error)
+            return
         for w in self.wanted():
             try:
                 member = self.make(w, widths)
                 self.train.knob.prepare(member.sae)
                 faults = [f"{w.rule}: {fault}" for fault in member.faults(widths)]
-                devices = self.devices()
                 faults += devices.faults(member.sae, self.train, self.data.batch)
             except ValueError as error:
                 faults = [f"{w.rule}: {line}" for line in str(error).split("\n")]
@@ -162,7 +166,7 @@ class Config(ModelConfig, TextConfig):
             if self.mesh:
                 raise ValueError("runner=pmap has no mesh; leave out one of the two")
             return Pmap()
-        return OnMesh(mesh.make(mesh.parse(self.mesh))) if self.mesh else OneDevice()
+        return OnMesh(mesh.make(mesh.parse(self.mesh))) if self.mesh else ONE_DEVICE
 
     def make(self, w: Wanted, widths: dict[str, int]) -> Member:
         """The member that one wish stands for."""

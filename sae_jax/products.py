@@ -190,6 +190,7 @@ def _dense_slices(codes, W_dec, edges, dtype):
             total = total.at[which].add(found)
         return mesh.total(total, FEATURE)
 
+    # Not `on_each`: gradients go through this one, which its checks get right.
     slices = jax.shard_map(
         part, in_specs=(CODES, FEATURES), out_specs=PartitionSpec(None, DATA)
     )

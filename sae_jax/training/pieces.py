@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sae_jax import checks
+
 Seen = dict[str, Array]
+
+
+def number_fault(n: int) -> str | None:
+    """What is wrong with such a number of pieces."""
+    if n == 0:
+        return "accumulate=0 takes no rows; 1: whole batches."
+    return checks.value_fault("accumulate", n, int)
 
 
 def fault(n_rows: int, n: int) -> str | None:

@@ -53,8 +53,8 @@ class Recipe:
             faults.append(f"warmup={self.warmup} is longer than steps={self.steps}.")
         if not faults and max(self.b1, self.b2) >= 1:
             faults.append(f"b1={self.b1} and b2={self.b2} must be below 1.")
-        if self.accumulate == 0:
-            faults.append("accumulate=0 takes no rows; 1: whole batches.")
+        if not faults:
+            faults += filter(None, [pieces.number_fault(self.accumulate)])
         if self.clip == 0:
             faults.append("clip=0 learns nothing; none: no clipping.")
         checks.raise_all(faults)

@@ -151,10 +151,8 @@ def make_step(
     """
     faults = [
         checks.value_fault("decoder_norm", decoder_norm, DecoderNorm),
-        checks.value_fault("accumulate", accumulate, int),
+        pieces.number_fault(accumulate),
     ]
-    if not any(faults) and accumulate == 0:
-        faults.append("accumulate=0 takes no rows; 1: whole batches.")
     checks.raise_all(filter(None, faults))
     sae = knob.prepare(sae)
     if aux == "default":

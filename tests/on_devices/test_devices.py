@@ -60,11 +60,12 @@ def test_a_run_is_that_of_one_device(make):
     check_same(run(make(), every=every), run(every=every))
 
 
-@pytest.mark.parametrize("devices", [None, "pmap"])
-def test_pieces_and_all_valid_rows_count_alike(devices):
+@pytest.mark.parametrize(
+    "make", [lambda: on_mesh(data=4, feature=2), Pmap], ids=["mesh", "pmap"]
+)
+def test_batches_are_taken_in_pieces_on_devices_too(make):
     recipe = Recipe(steps=6, lr=1e-2, accumulate=2)
-    found = run(Pmap() if devices else on_mesh(data=4, feature=2), recipe=recipe)
-    check_same(found, run(recipe=recipe))
+    check_same(run(make(), recipe=recipe), run(recipe=recipe))
 
 
 def test_a_run_goes_on_with_another_mesh(tmp_path):
