@@ -31,7 +31,8 @@ import numpy as np
 from experiments._bench_workers import Worker
 from sae_jax import SAE, checks
 from sae_jax.activations import Harvester, OnTheFly
-from sae_jax.run.members import Member, compile_steps, fresh
+from sae_jax.run.groups import grouped
+from sae_jax.run.members import Member
 from sae_jax.text.contexts import Packing
 from sae_jax.text.documents import Rows
 from sae_jax.training.recipe import Recipe
@@ -147,22 +148,22 @@ def ours(config: Config) -> Callable[[], float]:
     batches = stream.batches()
     sae = SAE(config.width, config.n_features, f"topk(k={config.k})")
     recipe = Recipe(steps=10**9, lr=3e-4)
-    members = {OURS: Member(sae, site)}
+    groups = grouped({OURS: Member(sae, site)}, recipe)
     rows = next(batches)
-    held = {OURS: fresh(members[OURS], recipe, rows)}
-    step = compile_steps(members, recipe, held, rows)[OURS]
-    state = step(*held[OURS], {"x": rows[site]})
+    held = groups.fresh(rows)
+    steps = groups.compile(held, rows)
+    held = groups.step(steps, held, rows, restart=False)
     per_round = config.buffer // config.batch
     for _ in range(per_round - 1):
-        state = step(*state, {"x": next(batches)[site]})
-    jax.block_until_ready(state)
+        held = groups.step(steps, held, next(batches), restart=False)
+    jax.block_until_ready(held)
 
     def once() -> float:
-        nonlocal state
+        nonlocal held
         began = time.perf_counter()
         for _ in range(per_round):
-            state = step(*state, {"x": next(batches)[site]})
-        jax.block_until_ready(state)
+            held = groups.step(steps, held, next(batches), restart=False)
+        jax.block_until_ready(held)
         return time.perf_counter() - began
 
     return once

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sae_jax import checks, products, select
+from sae_jax import checks, mesh, products, select
 
 
 def mean_rows(
@@ -111,7 +111,9 @@ def aux_k(
         chosen = select.rows(scores, n_dead, count_max=k)
         return products.decode(select.keep(again, chosen), W_dec, encoder.dtype)
 
-    e_hat = jax.lax.cond(n_dead <= k, few, many, None).astype(residual.dtype)
+    e_hat = jax.lax.cond(mesh.for_any(n_dead > k), many, few, None).astype(
+        residual.dtype
+    )
     error = mse(e_hat, residual, mask)
     if aux.normalise:
         spread = mse(mean_rows(residual, mask)[None], residual, mask)

@@ -1,11 +1,14 @@
 """Meshes of devices: rows of a batch spread over `data`, features over `feature`.
 
+A third axis, `member`, is for SAEs that are trained side by side: each device has some.
+
 Code is written for whole arrays, and XLA splits it: a rule says nothing of devices.
 Where XLA would bring all codes [B, F] to every device (largest scores, cuts, sparse
 codes), a function says what one device does with its own part, in `on_each`, and what
 devices tell each other, in the functions below it. Without a mesh those change nothing.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-DATA, FEATURE = "data", "feature"
+MEMBER, DATA, FEATURE = AXES = "member", "data", "feature"
+BESIDE = "beside"  # of `jax.vmap`, over SAEs that are computed at once
 ROWS, FEATURES = PartitionSpec(DATA), PartitionSpec(FEATURE)
 CODES = PartitionSpec(DATA, FEATURE)  # [B, F]
 WHOLE = PartitionSpec()
@@ -25,20 +29,22 @@ def make(sizes: Mapping[str, int]) -> Mesh:
 
     Enter it with `jax.set_mesh`: what is traced inside is spread over it.
     """
-    unknown = sorted(set(sizes) - {DATA, FEATURE})
+    unknown = sorted(set(sizes) - set(AXES))
     if unknown:
         raise ValueError(
             f"mesh axis {unknown[0]!r} is unknown; there are {DATA!r}, over which rows "
-            f"of a batch are spread, and {FEATURE!r}, over which features are."
+            f"of a batch are spread, {FEATURE!r}, over which features are, and "
+            f"{MEMBER!r}, over which SAEs are that are trained side by side."
         )
-    shape = sizes.get(DATA, 1), sizes.get(FEATURE, 1)
-    there, wanted = jax.device_count(), shape[0] * shape[1]
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    there, wanted = jax.device_count(), math.prod(shape)
     if min(shape) < 1 or there != wanted:
+        given = ", ".join(f"{axis}:{size}" for axis, size in sizes.items())
         raise ValueError(
-            f"a mesh of {DATA}:{shape[0]}, {FEATURE}:{shape[1]} needs {wanted} "
-            f"devices; there are {there}. Sizes multiply to the number of devices."
+            f"a mesh of {given} needs {wanted} devices; there are {there}. Sizes "
+            f"multiply to the number of devices."
         )
-    return jax.make_mesh(shape, (DATA, FEATURE), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse(text: Sequence[str]) -> dict[str, int]:
@@ -121,6 +127,17 @@ def before(x: Array, axis: str) -> Array:
     return jnp.where(earlier.reshape(-1, *(1,) * x.ndim), each, 0).sum(0)
 
 
+def for_any(found: Array) -> Array:
+    """Whether it is so for any of the SAEs that are computed at once.
+
+    A branch that depends on one of them alone, all would have to take both ways.
+    """
+    try:
+        return jax.lax.pmax(found, BESIDE)
+    except NameError:  # there is one
+        return found
+
+
 def own(indices: Array, n: int, axis: str) -> tuple[Array, Array | bool]:
     """Indices into this device's n of an axis, and which of them are its own.
 
@@ -133,16 +150,19 @@ def own(indices: Array, n: int, axis: str) -> tuple[Array, Array | bool]:
     return jnp.where(mine, indices, 0), mine
 
 
-def specs(tree: Any, n_features: int) -> Any:
+def specs(tree: Any, n_features: int, lead: int = 0) -> Any:
     """How the arrays of an SAE, its optimiser and its counters are spread.
 
     By features where the first axis is as long as the dictionary; `b_dec` never is.
+    Arrays of several SAEs have a `lead` of one axis more.
     """
+    front = (MEMBER,) * lead
 
     def of(path: Any, leaf: Any) -> PartitionSpec:
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        by_feature = leaf.ndim > 0 and leaf.shape[0] == n_features and name != "b_dec"
-        return FEATURES if by_feature else WHOLE
+        rest = leaf.shape[lead:]
+        by_feature = rest[:1] == (n_features,) and name != "b_dec"
+        return PartitionSpec(*front, *(FEATURES if by_feature else WHOLE))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 
@@ -154,31 +174,37 @@ def constrained(tree: Any, n_features: int) -> Any:
     return jax.lax.with_sharding_constraint(tree, specs(tree, n_features))
 
 
-def made(make_tree: Callable, n_features: int, *args: Any) -> Any:
-    """`make_tree(*args)`; on a mesh no device ever holds more than its part."""
+def made(make_tree: Callable, n_features: int, *args: Any, lead: int = 0) -> Any:
+    """`make_tree(*args)`; on a mesh no device ever holds more than its part.
+
+    Where the result is of several SAEs, `lead` says how many axes more it has.
+    """
     if not spread():
         return make_tree(*args)
     args = jax.device_put(args, shardings(args, n_features))
-    return in_parts(make_tree, n_features, *args)(*args)
+    return in_parts(make_tree, n_features, *args, lead=lead)(*args)
 
 
-def in_parts(make_tree: Callable, n_features: int, *args: Any) -> jax.stages.Wrapped:
+def in_parts(
+    make_tree: Callable, n_features: int, *args: Any, lead: int = 0
+) -> jax.stages.Wrapped:
     """A function whose results are spread over the mesh as `specs` says."""
-    found = shardings(jax.eval_shape(make_tree, *args), n_features)
+    found = shardings(jax.eval_shape(make_tree, *args), n_features, lead)
     given = shardings(args, n_features)
     return jax.jit(make_tree, in_shardings=given, out_shardings=found)
 
 
-def shardings(tree: Any, n_features: int) -> Any:
+def shardings(tree: Any, n_features: int, lead: int = 0) -> Any:
     """The `specs` on the mesh that was entered."""
     mesh = jax.sharding.get_mesh()
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, n_features))
+    found = specs(tree, n_features, lead)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), found)
 
 
-def like(shapes: Any, n_features: int) -> Any:
+def like(shapes: Any, n_features: int, lead: int = 0) -> Any:
     """The same shapes, with the places where their arrays will be."""
 
     def placed(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return jax.tree.map(placed, shapes, shardings(shapes, n_features))
+    return jax.tree.map(placed, shapes, shardings(shapes, n_features, lead))

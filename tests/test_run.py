@@ -15,14 +15,15 @@ import pytest
 from sae_jax.activations.in_memory import Given, InMemory
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
-from sae_jax.run import devices as devices_module
-from sae_jax.run import loop as loop_module
 from sae_jax.run.checkpoints import Checkpoints, Restored
+from sae_jax.run.diverged import NotFinite
+from sae_jax.run.groups import Groups, grouped
 from sae_jax.run.log import JsonLines
-from sae_jax.run.loop import Every, Loop, NotFinite
-from sae_jax.run.members import Member, compile_steps, fresh, shapes
+from sae_jax.run.loop import Every, Loop
+from sae_jax.run.members import Member
 from sae_jax.run.stop import Stop
 from sae_jax.trained import to_arrays
+from sae_jax.training import ensemble as ensemble_module
 from sae_jax.training.knob import Knob
 from sae_jax.training.recipe import Recipe
 from sae_jax.training.step import init_state
@@ -193,18 +194,15 @@ def programs():
     """What takes most of the time, and is the same in all the runs here."""
     stream = InMemory(ARRAYS, batch=BATCH, seed=5)
     rows = next(stream.batches())
-    starts = {name: fresh(m, RECIPE, rows) for name, m in MEMBERS.items()}
-    LIKE[:] = [shapes(MEMBERS, RECIPE, stream)]
-    steps = compile_steps(MEMBERS, RECIPE, starts, rows)
-    name = {member.seed: name for name, member in MEMBERS.items()}
-
-    def start(member, *_):
-        return jax.tree.map(jnp.copy, starts[name[member.seed]])
-
+    groups = grouped(MEMBERS, RECIPE)
+    starts = groups.fresh(rows)
+    shapes = groups.shapes(stream)
+    LIKE[:] = [groups.named(shapes)]
+    steps = groups.compile(starts, rows)
     return {
-        "compile_steps": lambda *_: steps,
-        "shapes": lambda *_: LIKE[0],
-        "fresh": start,
+        "compile": lambda *_: steps,
+        "shapes": lambda *_: shapes,
+        "fresh": lambda *_: jax.tree.map(jnp.copy, starts),
     }
 
 
@@ -212,7 +210,7 @@ def programs():
 def quick(programs, monkeypatch):
     """Runs of `MEMBERS` without tracing and compiling."""
     for name, made in programs.items():
-        monkeypatch.setattr(loop_module, name, made)
+        monkeypatch.setattr(Groups, name, made)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +219,7 @@ def whole(programs, tmp_path_factory):
     folder, hooks, store = tmp_path_factory.mktemp("whole"), Hooks(), Memory()
     with pytest.MonkeyPatch.context() as patch:
         for name, made in programs.items():
-            patch.setattr(loop_module, name, made)
+            patch.setattr(Groups, name, made)
         return left(folder, store, run(folder, hooks, store)), hooks.seen
 
 
@@ -315,8 +313,9 @@ def check_against_plain_steps(trained, metrics, members, recipe):
                 continue
             window = seen[before : line["step"]]
             before = line["step"]
-            assert line.keys() >= window[0].keys() - {"finite"}
-            for metric in window[0].keys() - {"step", "finite"}:
+            averaged = window[0].keys() - {"step", "finite", "diverged"}
+            assert line.keys() >= averaged
+            for metric in averaged:
                 values = [one[metric] for one in window]
                 want = values[-1] if metric in ("dead", "knob") else np.mean(values)
                 assert line[metric] == pytest.approx(want, rel=2e-4), metric
@@ -431,15 +430,15 @@ def test_between_log_points_nothing_waits_for_the_device(quick, monkeypatch):
 
 
 def test_alike_members_share_a_program(monkeypatch):
-    compiled, traced, gathered = [], [], devices_module.gathered
+    compiled, traced, gathered = [], [], ensemble_module.gathered
     real = jax.stages.Lowered.compile
     monkeypatch.setattr(
         jax.stages.Lowered, "compile", lambda self: compiled.append(1) or real(self)
     )
     monkeypatch.setattr(
-        devices_module, "gathered", lambda step: traced.append(1) or gathered(step)
+        ensemble_module, "gathered", lambda step: traced.append(1) or gathered(step)
     )
-    sae, other = SAE(8, 16, "topk(k=3)"), SAE(8, 16, "topk(k=2)")
+    sae, other = SAE(8, 16, "topk(k=3)"), SAE(8, 16, "topk(k=1)")
     members = {f"seed{i}": Member(sae, "a", seed=i) for i in range(3)}
     members["other"] = Member(other, "a")
     stream = InMemory(ARRAYS, batch=BATCH)

@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from sae_jax import mesh
 from sae_jax.model import SAE
+from sae_jax.training.ensemble import Ensemble
 from sae_jax.training.recipe import Recipe
-from sae_jax.training.window import gathered
 
 AXIS = "rows"  # of pmap; not `data`, which on a mesh is summed over by whom it concerns
 
@@ -22,12 +22,16 @@ class OneDevice:
         """What cannot be trained like this."""
         yield from ()
 
+    def at_once(self, n: int) -> int:
+        """How many of n SAEs that are alike are computed together."""
+        return 1 if jax.default_backend() == "cpu" else n
+
     def entered(self) -> AbstractContextManager:
         """Where states are made and steps are compiled."""
         return nullcontext()
 
-    def like(self, shapes: Any, n_features: int) -> Any:
-        """Shapes of a state, with the devices that its arrays are on."""
+    def like(self, shapes: Any, n_features: int, lead: int) -> Any:
+        """Shapes of states, with the devices that their arrays are on; see `specs`."""
         return shapes
 
     def rows(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -38,10 +42,9 @@ class OneDevice:
         """Arrays of a state on one device."""
         return tree
 
-    def program(self, sae: SAE, recipe: Recipe) -> Any:
-        """The step with its window, ready to be lowered."""
-        step = gathered(recipe.make_step(sae, jit=False))
-        return jax.jit(step, donate_argnums=(0, 1))
+    def program(self, ensemble: Ensemble) -> Any:
+        """The step of `Ensemble.make_step`, ready to be lowered."""
+        return jax.jit(ensemble.make_step(), donate_argnums=(1, 2))
 
 
 ONE_DEVICE = OneDevice()
@@ -58,14 +61,24 @@ class OnMesh(OneDevice):
         at_once = batch // recipe.accumulate
         yield from mesh.misfits(self._mesh.shape, at_once, sae.n_features)
 
+    def at_once(self, n: int) -> int:
+        """Each device has as many as the others, or there is a fault."""
+        n_parts = self._mesh.shape[mesh.MEMBER]
+        if n % n_parts:
+            raise ValueError(
+                f"{n} SAEs that are alike cannot be spread evenly over mesh "
+                f"{mesh.MEMBER}:{n_parts}."
+            )
+        return n_parts * super().at_once(n // n_parts)
+
     def entered(self) -> AbstractContextManager:
         """Inside, all arrays are spread over the mesh."""
         return jax.set_mesh(self._mesh)
 
-    def like(self, shapes: Any, n_features: int) -> Any:
+    def like(self, shapes: Any, n_features: int, lead: int) -> Any:
         """Each array in parts."""
         with self.entered():
-            return mesh.like(shapes, n_features)
+            return mesh.like(shapes, n_features, lead)
 
     def rows(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
         """Each device gets the rows of its place on the axis of rows."""
@@ -108,7 +121,7 @@ class Pmap(OneDevice):
         """On the first device; all have the same."""
         return jax.device_put(tree, jax.devices()[0])
 
-    def program(self, sae: SAE, recipe: Recipe) -> Any:
+    def program(self, ensemble: Ensemble) -> Any:
         """The same state on all devices; sums are taken over them."""
-        step = gathered(recipe.make_step(sae, jit=False, axis=AXIS))
-        return jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None)
+        step = ensemble.make_step(axis=AXIS)
+        return jax.pmap(step, AXIS, in_axes=(None, None, None, 0), out_axes=None)

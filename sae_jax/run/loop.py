@@ -1,5 +1,8 @@
 """The loop: feed, step, note, evaluate, save; for one SAE or many on the same batches.
 
+Members that are alike are trained side by side, in groups. One that diverges stays as
+it was before, is reported once, and the others go on; when all have, training ends.
+
 After step t come its duties, in this order: metrics, evaluation, checkpoint. A run that
 goes on from a checkpoint of step t does the duties of step t once more, and its log
 drops what it had of them; so it does not matter when it was stopped. Metrics stay on
@@ -7,18 +10,22 @@ the device until the next window of steps is on its way.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any, NamedTuple
 
+import jax
 from tqdm import tqdm
 
 from sae_jax import checks
 from sae_jax.model import SAE
+from sae_jax.run import diverged
 from sae_jax.run.checkpoints import Checkpoints
 from sae_jax.run.devices import ONE_DEVICE, OneDevice
+from sae_jax.run.groups import Held, grouped
 from sae_jax.run.log import Log, Timing, plain
-from sae_jax.run.members import Held, Member, Rows, Stream, compile_steps, fresh, shapes
+from sae_jax.run.members import Member, Rows, Stream
 from sae_jax.run.profile import Profile
 from sae_jax.run.progress import Progress
 from sae_jax.run.stop import Stop, nothing_to_save
@@ -47,15 +54,11 @@ class Every:
         checks.raise_all(faults)
 
 
-class NotFinite(ValueError):
-    """Training went out of range; says where, and what is left."""
-
-
 class Point(NamedTuple):
     """Where training stands: after `step` steps."""
 
     step: int
-    held: dict[str, Held]
+    held: list[Held]
     position: Any
 
 
@@ -111,16 +114,15 @@ class Loop:
         self.history: dict[str, list[dict[str, Any]]] = {name: [] for name in members}
         self._open_logs, self._show, self._stop = logs, progress, stop or Stop()
         self._timing, self._profile, self._devices = timing, profile, devices
-        self._unread: tuple[int, dict[str, Window]] | None = None
+        self._groups = grouped(self.members, recipe, devices)
+        self._unread: tuple[int, list[Window]] | None = None
 
     def run(self) -> dict[str, TrainedSAE]:
         """Trains to the end, from the newest checkpoint if there is one."""
         found = None
         if self.checkpoints:
-            like = {
-                "held": shapes(self.members, self.recipe, self.stream, self._devices)
-            }
-            found = self.checkpoints.restore(like, tqdm.write)
+            like = self._groups.shapes(self.stream, self._devices)
+            found = self.checkpoints.restore(self._saved(like), tqdm.write)
         start = found.step if found else 0
         position = found.notes["position"] if found else None
         batches: Iterator[Rows] = iter(())
@@ -128,16 +130,13 @@ class Loop:
             batches = self.stream.batches(start, position)
         first = next(batches, None)
         if found:
-            held = {name: found.state["held"][name] for name in self.members}
+            held = self._groups.listed(found.state["held"])
             self._point = Point(start, held, position)
         elif first is None:
             raise ValueError("there are no activations to train on")
         else:
             with self._devices.entered():
-                held = {
-                    name: fresh(member, self.recipe, first)
-                    for name, member in self.members.items()
-                }
+                held = self._groups.fresh(first)
             self._point = Point(0, held, self.stream.position(0))
         total = self.recipe.steps * self.stream.batch
         done = start * self.stream.batch
@@ -162,14 +161,12 @@ class Loop:
 
     def _train(self, rows: Rows | None, batches: Iterator[Rows]) -> None:
         """Steps and duties, until all steps are done or the activations end."""
-        steps = {}
+        steps = []
         if rows is not None:
             with self._devices.entered():
-                steps = compile_steps(
-                    self.members, self.recipe, self._point.held, rows, self._devices
-                )
+                steps = self._groups.compile(self._point.held, rows, self._devices)
         if self._profile:
-            self._profile.explain(steps.values())
+            self._profile.explain(steps)
         while True:
             t = self._point.step
             if self._profile:
@@ -178,12 +175,8 @@ class Loop:
             if rows is None:
                 return
             with self._stop.lock:  # while a step runs, its state is nowhere whole
-                held = {}
                 placed = self._devices.rows(rows)
-                for name, (state, window) in self._point.held.items():
-                    window = window.restarted() if logged else window
-                    batch = self.members[name].batch(placed)
-                    held[name] = Held(*steps[name](state, window, batch))
+                held = self._groups.step(steps, self._point.held, placed, logged)
                 self._point = Point(t + 1, held, self.stream.position(t + 1))
             self._bar.step(self.stream.batch)
             rows = next(batches, None) if t + 1 < self.recipe.steps else None
@@ -198,7 +191,7 @@ class Loop:
             self._read_window()
             if self._timing:
                 self._timing.note(t, t * self.stream.batch)
-            self._unread = t, {n: held.window for n, held in self._point.held.items()}
+            self._unread = t, [held.window for held in self._point.held]
         if evaluates:
             self._evaluate(t)
         if saves:
@@ -213,12 +206,35 @@ class Loop:
                 return
             t, windows = self._unread
             means = {}
-            for name, window in windows.items():
-                self._require_finite(name, t, window)
-                means[name] = window.means()
-                self._note(t, name, "train", means[name])
+            for name, (window, said) in self._read(windows, t).items():
+                bad = window.diverged
+                if bad < 0:
+                    means[name] = window.means()
+                    self._note(t, name, "train", means[name])
+                elif bad >= t - window.count:  # and not before this window
+                    self._note(t, name, "diverged", {"in_step": bad})
+                    tqdm.write(f"{said} It stays as it was before.", sys.stderr)
             self._unread = None
             self._bar.show(means)
+
+    def _read(self, windows: Any, t: int) -> dict[str, tuple[Window, str]]:
+        """The windows of all members, on the host, and what is said of divergence.
+
+        When all have diverged, training ends.
+        """
+        windows = jax.device_get(windows)
+        found = {}
+        for name in self.members:
+            window = self._groups.of(windows, name)
+            found[name] = window, diverged.said(name, window, t)
+        if min(window.diverged for window, _ in found.values()) < 0:
+            return found
+        _, said = min(found.values(), key=lambda one: one[0].diverged)
+        steps = self.checkpoints.steps() if self.checkpoints else []
+        good = "There is no checkpoint."
+        if self.checkpoints and steps:
+            good = f"The last good checkpoint is {self.checkpoints.path(steps[-1])}."
+        raise diverged.NotFinite(f"{said} {good} {diverged.ADVICE}")
 
     def _note(self, t: int, name: str, kind: str, values: Mapping[str, Any]) -> None:
         line = {"step": t, "sae": name, "kind": kind, "rows": t * self.stream.batch}
@@ -226,22 +242,6 @@ class Loop:
         self.history[name].append(line)
         for log in self._logs:
             log.write(line)
-
-    def _require_finite(self, name: str, t: int, window: Window) -> None:
-        bad = int(window.bad_step)
-        if bad < 0:
-            return
-        steps = self.checkpoints.steps() if self.checkpoints else []
-        good = (
-            f"The last good checkpoint is {self.checkpoints.path(steps[-1])}. "
-            if (self.checkpoints and steps)
-            else "There is no checkpoint. "
-        )
-        raise NotFinite(
-            f"{name}: the loss or its gradient was not finite in step {bad}, in the "
-            f"window of steps {t - int(window.count)} to {t - 1}. {good}"
-            f"Lower the learning rate, clip gradients, or look for huge activations."
-        )
 
     def _evaluate(self, t: int) -> None:
         self._read_window()
@@ -258,12 +258,14 @@ class Loop:
         if self.checkpoints is None:
             return
         self._read_window()
-        for name, held in self._point.held.items():
-            self._require_finite(name, self._point.step, held.window)
+        self._read([held.window for held in self._point.held], self._point.step)
         for log in self._logs:
             log.flush()
         notes = {"position": self._point.position}
-        self.checkpoints.save(self._point.step, {"held": self._point.held}, notes)
+        self.checkpoints.save(self._point.step, self._saved(self._point.held), notes)
+
+    def _saved(self, held: Sequence[Held]) -> dict[str, Any]:
+        return {"held": self._groups.named(held)}
 
     def _save_now(self) -> str:
         """What happens when the process is told to end."""
@@ -278,7 +280,9 @@ class Loop:
         )
 
     def _trained(self, name: str) -> TrainedSAE:
-        member, state = self.members[name], self._point.held[name].state
+        member = self.members[name]
+        state = self._groups.of([held.state for held in self._point.held], name)
+        diverged_in = int(state.diverged)
         about = {
             "site": member.site,
             "target": member.target,
@@ -286,6 +290,8 @@ class Loop:
             "steps": self._point.step,
             "rows": self._point.step * self.stream.batch,
             "recipe": dataclasses.asdict(self.recipe),
+            **({"lr": member.lr} if member.lr is not None else {}),
+            **({"diverged_in_step": diverged_in} if diverged_in >= 0 else {}),
         }
         sae = self.recipe.knob.reached(member.sae, state.step, state.control)
         variables = self._devices.together(state.variables)

@@ -11,7 +11,7 @@ or Top-AFA. Its value in a step is `value * ramp(step) * control`:
 
 import dataclasses
 import math
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -19,6 +19,13 @@ from jaxtyping import Array, Float
 from sae_jax import checks
 from sae_jax.binding import bind
 from sae_jax.model import SAE
+
+
+class Turn(NamedTuple):
+    """Where a knob stands before its schedule moves it, and how far it may go."""
+
+    value: Float[Array, ""] | float
+    top: Float[Array, ""] | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +92,22 @@ class Knob:
         return sae.up_to(ceiling)
 
     def value(
-        self, sae: SAE, step: Array, control: Float[Array, ""]
+        self,
+        sae: SAE,
+        step: Array,
+        control: Float[Array, ""],
+        turn: Turn | None = None,
     ) -> Float[Array, ""] | None:
         """The knob in this step, or None where it never moves."""
-        if not self.moves:
+        if turn is None and not self.moves:
             return None
+        turn = turn or turn_of(sae)
         ramp = jnp.float32(1)
         if self.steps:
             done = jnp.minimum(step / self.steps, 1)
             ramp = self.start + (1 - self.start) * done
-        value = sae.bound.hp[sae.bound.rule.knob] * ramp * control
-        return jnp.minimum(value, sae.bound.top).astype(jnp.float32)
+        value = turn.value * ramp * control
+        return jnp.minimum(value, turn.top).astype(jnp.float32)
 
     def reached(self, sae: SAE, step: Array, control: Float[Array, ""]) -> SAE:
         """The SAE as trained so far: its knob is where the schedule has brought it.
@@ -114,7 +126,11 @@ class Knob:
         return dataclasses.replace(sae, rule=bound)
 
     def steer(
-        self, sae: SAE, control: Float[Array, ""], l0: Float[Array, ""]
+        self,
+        sae: SAE,
+        control: Float[Array, ""],
+        l0: Float[Array, ""],
+        turn: Turn | None = None,
     ) -> Float[Array, ""]:
         """Control for the next step, after seeing this step's L0."""
         if self.target_l0 is None:
@@ -122,9 +138,15 @@ class Knob:
         direction = 1 if sae.bound.rule.knob_raises_l0 else -1
         off = jnp.clip((self.target_l0 - l0) / self.target_l0, -1, 1)
         control = control * jnp.exp(direction * self.rate * off)
-        value = sae.bound.hp[sae.bound.rule.knob]
-        most = min(self.range, sae.bound.top / value)  # no winding up past the ceiling
+        turn = turn or turn_of(sae)
+        # No winding up past the ceiling.
+        most = jnp.minimum(self.range, turn.top / turn.value)
         return jnp.clip(control, 1 / self.range, most).astype(jnp.float32)
+
+
+def turn_of(sae: SAE) -> Turn:
+    """Where the knob of a prepared SAE stands."""
+    return Turn(sae.bound.hp[sae.bound.rule.knob], sae.bound.top)
 
 
 CONSTANT = Knob()

@@ -2,17 +2,28 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import optax
+from jaxtyping import Array
 
 from sae_jax import checks
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
 from sae_jax.training import pieces
-from sae_jax.training.knob import CONSTANT, Knob
+from sae_jax.training.knob import CONSTANT, Knob, Turn
 from sae_jax.training.optim import Decay, DecoderNorm, adam, learning_rate
 from sae_jax.training.step import Step, make_step
+
+
+class Own(NamedTuple):
+    """What one SAE of several may have to itself; None: as in the recipe, the SAE."""
+
+    lr: Array | float | None = None
+    turn: Turn | None = None
+
+
+SHARED = Own()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +76,26 @@ class Recipe:
         if fault:
             yield fault
 
-    def optimiser(self) -> optax.GradientTransformation:
-        """The optimiser chain."""
-        rate = learning_rate(self.lr, self.steps, warmup=self.warmup, decay=self.decay)
+    def optimiser(
+        self, lr: Array | float | None = None
+    ) -> optax.GradientTransformation:
+        """The optimiser chain; with another learning rate, which may be traced."""
+        lr = self.lr if lr is None else lr
+        rate = learning_rate(lr, self.steps, warmup=self.warmup, decay=self.decay)
         return adam(rate, b1=self.b1, b2=self.b2, clip=self.clip)
 
-    def make_step(self, sae: SAE, *, axis: str | None = None, jit: bool = True) -> Step:
+    def make_step(
+        self, sae: SAE, *, own: Own = SHARED, axis: str | None = None, jit: bool = True
+    ) -> Step:
         """The training step of an SAE."""
         wanted = {"rule": sae.bound.rule.aux_k, "always": True, "never": False}
         return make_step(
             sae,
-            self.optimiser(),
+            self.optimiser(own.lr),
             aux=self.aux if wanted[self.use_aux] else None,
             decoder_norm=self.decoder_norm,
             knob=self.knob,
+            turn=own.turn,
             accumulate=self.accumulate,
             axis=axis,
             jit=jit,

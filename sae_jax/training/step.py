@@ -17,7 +17,7 @@ from sae_jax.contract import Params
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
 from sae_jax.training import pieces
-from sae_jax.training.knob import CONSTANT, Knob
+from sae_jax.training.knob import CONSTANT, Knob, Turn
 from sae_jax.training.optim import DecoderNorm, project, unit_rows, waiting
 from sae_jax.training.terms import dead, errors, loss_terms, nmse
 from sae_jax.variables import Variables
@@ -49,6 +49,8 @@ class TrainState:
       opt_state: the optimiser's memory.
       steps_idle: for each feature, steps since it was last active.
       control: factor on the knob, for steering towards a target L0.
+      diverged: the first step whose loss or gradient was not finite, or -1. It and
+        those after it change nothing but `step`.
       key: base key; a step's key is this one folded with the step.
     """
 
@@ -57,6 +59,7 @@ class TrainState:
     opt_state: Any
     steps_idle: Any
     control: Any
+    diverged: Any
     key: Any
 
 
@@ -92,6 +95,7 @@ def init_state(
             opt_state=opt_state,
             steps_idle=jnp.zeros(sae.n_features, jnp.int32),
             control=jnp.ones((), jnp.float32),
+            diverged=jnp.full((), -1, jnp.int32),
             key=key_steps,
         )
 
@@ -120,6 +124,7 @@ def make_step(
     decoder_norm: DecoderNorm = "after",
     knob: Knob = CONSTANT,
     loss_dtypes: Mapping[str, DType] = MappingProxyType({}),
+    turn: Turn | None = None,
     accumulate: int = 1,
     axis: str | None = None,
     jit: bool = True,
@@ -138,6 +143,7 @@ def make_step(
         "before" it, the order of the Top-AFA authors' code, which leaves rows off by
         one step, for replication; "free": never, and gradients are not projected.
       knob: schedule on the rule's knob.
+      turn: where the knob stands, traced, where that is not the SAE's own value.
       loss_dtypes: type in which a loss term is taken, by name (`mse`, `aux`, the rule's
         own); otherwise that of the parameters. For replication: the Top-AFA authors'
         code rounds some terms to float32 even in a float64 run.
@@ -168,7 +174,7 @@ def make_step(
         if "x" not in batch:
             raise ValueError("A batch needs 'x', activations [rows, d_in].")
         checks.raise_all(filter(None, [pieces.fault(len(batch["x"]), accumulate)]))
-        turned = knob.value(sae, state.step, state.control)
+        turned = knob.value(sae, state.step, state.control, turn)
         mask = batch.get("mask")
         one = jnp.int32(1)
         if mask is not None:
@@ -219,6 +225,7 @@ def make_step(
             # Decided outside the gradient: inside it, the branch without dead features
             # would still add zeros to each gradient.
             some_dead = (state.steps_idle + one >= aux.dead_after).any()
+            some_dead = mesh.for_any(some_dead)
             alive = functools.partial(gradients, some_dead=False)
             found = jax.lax.cond(some_dead, gradients, alive, params)
         (seen, (rule_state, fired), of_pieces, shares), grads = found
@@ -228,28 +235,44 @@ def make_step(
         if decoder_norm != "free":
             grads = project(grads, params)
         grads = waiting(grads, grad_norm)
+        finite = jnp.isfinite(seen["loss"]) & jnp.isfinite(grad_norm)
+        goes_on = finite & (state.diverged < 0)
         if decoder_norm == "before":
-            params = unit_rows(params)
+            params = unit_rows(params, goes_on)
+
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(goes_on, n, o), new, old)
+
         updates, opt_state = optimiser.update(grads, state.opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params = kept(optax.apply_updates(params, updates), params)
         if decoder_norm == "after":
-            params = unit_rows(params)
+            params = unit_rows(params, goes_on)
         metrics = {
             "step": state.step,
             **seen,
             "nmse": nmse(of_pieces, shares),
             "dead": dead(steps_idle, aux).sum(),
             "grad_norm": grad_norm,
-            "finite": jnp.isfinite(seen["loss"]) & jnp.isfinite(grad_norm),
+            "finite": finite,
+            "diverged": jnp.where(
+                (state.diverged < 0) & ~finite, state.step, state.diverged
+            ),
         }
-        if turned is not None:
+        if knob.moves:
             metrics["knob"] = turned
         state = TrainState(
             step=state.step + 1,
-            variables=Variables(params, rule_state, state.variables.constants),
-            opt_state=opt_state,
-            steps_idle=steps_idle,
-            control=knob.steer(sae, state.control, seen["l0"]),
+            variables=Variables(
+                params,
+                kept(rule_state, state.variables.state),
+                state.variables.constants,
+            ),
+            opt_state=kept(opt_state, state.opt_state),
+            steps_idle=kept(steps_idle, state.steps_idle),
+            control=kept(
+                knob.steer(sae, state.control, seen["l0"], turn), state.control
+            ),
+            diverged=metrics["diverged"],
             key=state.key,
         )
         return mesh.constrained(state, sae.n_features), metrics

@@ -1,7 +1,7 @@
 """Metrics gathered over a window of steps, on the device: no step is waited for.
 
-Losses and the like are averaged; counts and settings (`dead`, `knob`) are those of the
-last step; the first step whose loss or gradient was not finite is remembered.
+Losses and the like are averaged; counts and settings (`dead`, `knob`) and the step in
+which the SAE diverged, if it did, are those of the last step.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from sae_jax.training.step import Batch, Metrics, Step, TrainState
 
-LAST = frozenset({"dead", "knob"})
+Gathered = Callable[..., tuple[TrainState, "Window"]]
+LAST = frozenset({"dead", "diverged", "knob"})
 
 
 @flax.struct.dataclass
@@ -23,31 +24,29 @@ class Window:
     Attributes:
       count: how many steps.
       values: sums of the averaged metrics, and the last value of the others.
-      bad_step: the first step that was not finite, or -1.
     """
 
     count: Any
     values: Any
-    bad_step: Any
 
     def add(self, metrics: Metrics) -> "Window":
         """The window with one more step in it."""
-        metrics = dict(metrics)
-        step, finite = metrics.pop("step"), metrics.pop("finite")
-        first = (self.bad_step < 0) & ~finite
         return Window(
             count=self.count + 1,
             values={
-                name: value if name in LAST else self.values[name] + value
-                for name, value in metrics.items()
+                name: metrics[name] if name in LAST else value + metrics[name]
+                for name, value in self.values.items()
             },
-            bad_step=jnp.where(first, step, self.bad_step),
         )
 
     def restarted(self) -> "Window":
         """A window without steps."""
-        zeros = jax.tree.map(jnp.zeros_like, self)
-        return zeros.replace(bad_step=zeros.bad_step - 1)
+        return jax.tree.map(jnp.zeros_like, self)
+
+    @property
+    def diverged(self) -> int:
+        """The step in which the SAE diverged, or -1; waits for the device."""
+        return int(self.values["diverged"])
 
     def means(self) -> dict[str, float]:
         """The metrics of the window; waits for the device."""
@@ -55,6 +54,7 @@ class Window:
         return {
             name: float(value if name in LAST else value / count)
             for name, value in values.items()
+            if name != "diverged"
         }
 
 
@@ -65,11 +65,10 @@ def empty(step: Step, state: TrainState, batch: Batch) -> Window:
     return Window(
         count=jnp.zeros((), jnp.int32),
         values={name: jnp.zeros((), metrics[name].dtype) for name in sorted(names)},
-        bad_step=jnp.full((), -1, jnp.int32),
     )
 
 
-def gathered(step: Step) -> Callable[..., tuple[TrainState, Window]]:
+def gathered(step: Step) -> Gathered:
     """`(state, window, batch) -> (state, window)`."""
 
     def gather(

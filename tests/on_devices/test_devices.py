@@ -1,5 +1,7 @@
 """A run over a mesh or by pmap is the run on one device, and resumes on others."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -68,6 +70,22 @@ def test_batches_are_taken_in_pieces_on_devices_too(make):
     check_same(run(make(), recipe=recipe), run(recipe=recipe))
 
 
+def test_a_sweep_goes_on_with_fewer_devices(tmp_path):
+    """Spread over three axes at first; the second half is done on one device."""
+    members = {
+        f"{k} {lr}": Member(SAE(16, 64, f"topk(k={k})"), "x", seed=k, lr=lr)
+        for k in (3, 4)
+        for lr in (None, 3e-3)
+    }
+    every, half = Every(log=6, save=6), dataclasses.replace(RECIPE, steps=6)
+    devices = on_mesh(member=2, data=2, feature=2)
+    for where, recipe in ((devices, half), (None, RECIPE)):
+        store = Checkpoints(tmp_path)
+        found = run(where, members, recipe, every=every, checkpoints=store)
+        store.close()
+    check_same(found, run(members=members, every=every))
+
+
 def test_a_run_goes_on_with_another_mesh(tmp_path):
     """Six steps on one mesh, four on another, the rest on one device."""
 
@@ -109,6 +127,11 @@ def test_a_run_goes_on_with_another_mesh(tmp_path):
             lambda: on_mesh(feature=8),
             {"odd": Member(SAE(16, 65, "relu"), "x")},
             "65 features cannot be spread evenly over mesh feature:8",
+        ),
+        (
+            lambda: on_mesh(member=8),
+            MEMBERS,
+            "1 SAEs that are alike cannot be spread evenly over mesh member:8",
         ),
     ],
 )

@@ -14,8 +14,11 @@ import sae_jax
 from sae_jax import RULES, SAE, AuxK, adam, init_state, largest, make_step, mesh, select
 from sae_jax.binding import bind
 from sae_jax.codes import to_dense
+from sae_jax.training.ensemble import Ensemble
+from sae_jax.training.window import empty
 from tests import contract
 from tests.contract import KEY, close
+from tests.test_ensemble import Steady
 
 # With the usual 1e-8, gradients that cancel to rounding errors move parameters.
 OPTIMISER = adam(1e-2, eps=1e-3)
@@ -231,6 +234,55 @@ def test_few_of_many_are_found_with_their_places(sizes):
     np.testing.assert_array_equal(sparse[0], expected[1])
 
 
+# SAEs side by side
+
+
+@pytest.mark.parametrize(
+    ("rule", "sizes"),
+    [
+        ("topk", (4, 2, 1)),
+        ("topk", (2, 1, 4)),
+        *((rule, (2, 2, 2)) for rule in ("topk", "batch_topk", "top_afa", "gated")),
+    ],
+)
+def test_members_are_spread_over_devices(rule, sizes):
+    """Four, on a third axis: each is as on one device, and where it is to be."""
+    n = 4
+    recipe = Steady(steps=50, aux=AUX)
+    saes = (SAE(D, F, rule=bound(rule)),) * n
+    rates = (1e-2, 3e-3, 2e-2, 1e-3)
+
+    def stepped_together(steps=4):
+        at_once = sizes[0] if mesh.spread() else 1
+        ensemble = Ensemble(saes, recipe, rates, at_once)
+        starts = []
+        for i in range(n):
+            state = init_state(saes[i], recipe.optimiser(), jax.random.key(i))
+            step = recipe.make_step(saes[i], jit=False)
+            starts.append((state, empty(step, state, batch(0))))
+        own, (state, window) = ensemble.own(), ensemble.stacked(starts)
+        step = jax.jit(ensemble.make_step())
+        program = step.lower(own, state, window, placed(batch(0))).compile()
+        for i in range(steps):
+            state, window = program(own, state, window, placed(batch(i)))
+        each = [jax.device_get(ensemble.of(window.values, i)) for i in range(n)]
+        params = [jax.device_get(ensemble.of(state.variables, i)) for i in range(n)]
+        return each, params, state, program.as_text()
+
+    values, variables, _, _ = stepped_together()
+    with jax.set_mesh(mesh.make(dict(zip(mesh.AXES, sizes, strict=True)))):
+        found, theirs, state, text = stepped_together()
+    for i in range(n):
+        for name, value in found[i].items():
+            np.testing.assert_allclose(value, values[i][name], 1e-4, 1e-5, err_msg=name)
+        jax.tree.map(lambda a, b: close(a, b, 1e-4), theirs[i], variables[i])
+    W_dec = state.variables.params["W_dec"]
+    parts = {shard.data.shape for shard in W_dec.addressable_shards}
+    assert parts == {(n // sizes[0], F // sizes[2], D)}
+    most = max((size for _, size in exchanged(text)), default=0)
+    assert most < B * F / (sizes[1] * sizes[2]), exchanged(text)
+
+
 # Where parameters come from
 
 
@@ -252,8 +304,8 @@ def test_parameters_are_made_in_parts():
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ({"data": 4}, r"data:4, feature:1 needs 4 devices; there are 8"),
-        ({"data": 0}, r"data:0, feature:1 needs 0 devices"),
+        ({"data": 4}, r"a mesh of data:4 needs 4 devices; there are 8"),
+        ({"data": 0}, r"data:0 needs 0 devices"),
         ({"model": 8}, r"mesh axis 'model' is unknown; there are 'data'"),
     ],
 )
