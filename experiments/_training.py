@@ -34,6 +34,7 @@ from sae_jax.run.loop import EVERY, Every
 from sae_jax.run.members import Member
 from sae_jax.run.stop import Stop
 from sae_jax.settings import to_dict
+from sae_jax.share import WHOLE, Share
 from sae_jax.trained import TrainedSAE
 from sae_jax.training.recipe import Recipe
 from sae_jax.variables import Variables
@@ -189,8 +190,10 @@ class Config(ModelConfig, TextConfig):
             members[name] = self.make(w, widths)
         return members
 
-    def open_stream(self, lm: Any, tokenizer: Any) -> FromShards | OnTheFly:
-        """The batches."""
+    def open_stream(
+        self, lm: Any, tokenizer: Any, share: Share = WHOLE
+    ) -> FromShards | OnTheFly:
+        """The batches, or this process's share of them."""
         data = self.data
         if data.shards:
             shards = Shards(data.shards)
@@ -200,7 +203,9 @@ class Config(ModelConfig, TextConfig):
                     f"whose weights are not those of lm={self.lm!r}"
                 )
             sites = self.read_sites()
-            return FromShards(shards, batch=data.batch, sites=sites, seed=data.seed)
+            return FromShards(
+                shards, batch=data.batch, sites=sites, seed=data.seed, share=share
+            )
         return OnTheFly(
             Harvester(lm, self.read_sites(), data.contexts_per_pass),
             self.open_documents(),
@@ -209,6 +214,8 @@ class Config(ModelConfig, TextConfig):
             batch=data.batch,
             buffer=data.buffer,
             seed=data.seed,
+            readers=data.readers,
+            share=share,
         )
 
     def estimates(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ Experiments inherit these classes, so that a setting has one name, one default a
 description everywhere. Only experiments and `launch.py` know of them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -191,18 +192,35 @@ class Data:
         str, "folder of harvested activations; empty: the model runs beside the SAE"
     ] = ""
     contexts_per_pass: Annotated[int, "contexts that the model reads at once"] = 16
+    readers: Annotated[
+        int,
+        "on the fly: among how many readers documents are dealt; a multiple of the "
+        "number of processes. It decides the batches, the number of processes does not",
+    ] = 1
     seed: Annotated[int, "order of the rows"] = 0
 
     def __post_init__(self) -> None:
         faults = checks.field_faults("", self)
-        if not faults and (0 in (self.batch, self.contexts_per_pass)):
-            faults.append("batch and contexts_per_pass must be at least 1.")
-        elif not faults and (self.buffer % (2 * self.batch) or not self.buffer):
-            faults.append(
+        if not faults and 0 in (self.batch, self.contexts_per_pass, self.readers):
+            faults.append("batch, contexts_per_pass and readers must be at least 1.")
+        elif not faults:
+            faults += self._misfits()
+        checks.raise_all(faults)
+
+    def _misfits(self) -> Iterator[str]:
+        """What does not go together."""
+        if self.buffer % (2 * self.batch) or not self.buffer:
+            yield (
                 f"buffer={self.buffer} must be a multiple of twice the batch, "
                 f"{2 * self.batch}."
             )
-        checks.raise_all(faults)
+        if self.batch % self.readers:
+            yield f"readers={self.readers} must divide the batch, {self.batch}."
+        if self.shards and self.readers > 1:
+            yield (
+                f"readers={self.readers} are for text, and shards={self.shards!r} are "
+                f"read without; leave out one of the two."
+            )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sae_jax import settings
 from sae_jax.activations import Shards
 from sae_jax.config import Reporting
 from sae_jax.run.log import read_lines
+from sae_jax.share import Share
 from sae_jax.training.knob import Knob
 
 ROOT = Path(__file__).parent.parent
@@ -229,3 +230,31 @@ def test_estimates_count_parameters_tokens_and_memory(tmp_path):
     each = 2 * 192 * 384 + 192 + 384
     assert said["SAEs"] == f"8 of {each:,} parameters"
     assert said["tokens"].startswith("384 (6 steps of 64)")
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"readers": "3"}, "--config.data.readers=3 must divide the batch, 64."),
+        ({"readers": "0"}, "batch, contexts_per_pass and readers must be at least 1."),
+        ({"readers": "2", "shards": "x"}, "readers=2 are for text, and shards='x' are"),
+        ({"readers": "4", "buffer": "64"}, "buffer=64 must be a multiple of twice the"),
+    ],
+)
+def test_readers_that_do_not_fit_the_data_are_faults(given, fault):
+    experiment = importlib.import_module("experiments.train")
+    given = {f"config.data.{name}": value for name, value in given.items()}
+    faults = settings.build(experiment.Config(), {**TINY, **given})[1]
+    assert [said for said in faults if fault in said], faults
+
+
+def test_a_share_of_the_batches_of_an_experiment(tmp_path):
+    harvest = importlib.import_module("experiments.harvest")
+    site, folder = "resid_pre.1", str(tmp_path / "shards")
+    harvest.run(harvest.Config(out=folder, sites=(site,), rows=300))
+    for more in ({"config.data.readers": "2"}, {"config.data.shards": folder}):
+        _, config = configured("train", tmp_path / "run", site=site, **more)
+        opened = config.open_lm(), config.open_tokenizer()
+        whole = next(config.open_stream(*opened).batches())
+        part = next(config.open_stream(*opened, Share(1, 2)).batches())
+        np.testing.assert_array_equal(part[site], whole[site][32:])

@@ -10,6 +10,7 @@ import pytest
 from sae_jax.text import corpus
 from sae_jax.text.blocks import Place, blocks
 from sae_jax.text.contexts import Packing, contexts
+from sae_jax.text.dealt import Dealt
 from sae_jax.text.opening import open_documents
 from tests.toys import BOS, Characters, in_order, toy_documents
 
@@ -305,3 +306,62 @@ def test_the_corpus_executes_nothing(tmp_path):
     topics.write_text("topics = {'a': open('stolen', 'w').name}")
     with pytest.raises(ValueError, match="malformed"):
         corpus.topics(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["files", "rows"])
+@pytest.mark.parametrize("readers", [1, 3])
+def test_a_text_is_dealt_to_readers_and_each_resumes(tmp_path, kind, readers):
+    """Each has its documents of both epochs; all together, every document once."""
+    documents = toy_documents(20)
+    if kind == "rows":
+        texts = [f"row {i}" for i in range(20)]
+        documents = open_documents(str(table(tmp_path, "jsonl", texts)), part="all")
+    whole = []
+    position = None
+    for _ in range(2):
+        whole.append([text for _, text in documents.read(position)])
+        position = documents.after(position)
+    assert (whole[0] != whole[1]) == (kind == "files")
+    for reader in range(readers):
+        own = Dealt(documents, reader, readers)
+        begin = None
+        for epoch in range(2):
+            found = list(own.read(begin))
+            texts = [text for _, text in found]
+            assert texts == whole[epoch][reader::readers]
+            assert {place[0] for place, _ in found} == {epoch}
+            for i, (place, _) in enumerate(found):
+                again = own.read(json.loads(json.dumps(place)))
+                assert [text for _, text in again] == texts[i:]
+            assert own.after(found[-1][0]) == own.after(begin)
+            begin = json.loads(json.dumps(own.after(begin)))
+
+
+def test_parts_of_a_dealt_text_are_told_apart():
+    documents = toy_documents()
+    texts = [Dealt(documents, reader, n) for n in (2, 3) for reader in range(n)]
+    names = {documents.fingerprint(), *(text.fingerprint() for text in texts)}
+    assert len(names) == 6
+
+
+def test_contexts_of_a_dealt_text_resume_into_the_next_epoch():
+    documents = Dealt(toy_documents(), 1, 2)
+    epochs = [in_order(documents.documents, epoch)[1::2] for epoch in range(2)]
+    first, second = (
+        [t for text in epoch if text for t in [BOS, *ids(text)]] for epoch in epochs
+    )
+    whole = list(itertools.islice(contexts(documents, TOKENS, Packing(5)), 11))
+    assert len(first) < 50
+    assert [t for context in whole for t in context.tokens] == (first + second)[:55]
+    for i, context in enumerate(whole):
+        place = json.loads(json.dumps(context.position))
+        rest = contexts(documents, TOKENS, Packing(5), place)
+        for again, before in zip(rest, whole[i:], strict=False):
+            assert list(again.tokens) == list(before.tokens)
+
+
+def test_a_text_of_fewer_documents_than_readers_is_refused():
+    documents = toy_documents(3)
+    assert len(list(Dealt(documents, 2, 4).read())) == 1
+    with pytest.raises(ValueError, match="has 3 documents, too few for readers=4"):
+        list(Dealt(documents, 3, 4).read())

@@ -13,17 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sae_jax import checks
 from sae_jax.activations.shards import Shards, identity
+from sae_jax.share import WHOLE, Share
 
 # Batches read ahead; grain's own default would hold 500 in memory.
 EPOCHS = 1_000_000  # no run has more; grain's own endless number can overflow
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
-def shuffled(n_rows: int, batch: int, seed: int) -> Any:
-    """Row numbers in batches without end: grain's data set, open at every index."""
+def shuffled(n_rows: int, batch: int, seed: int, share: Share = WHOLE) -> Any:
+    """Row numbers in batches without end: grain's data set, open at every index.
+
+    Batches are cut into as many parts as there are shares, of which this one takes its
+    own.
+    """
     order = grain.MapDataset.range(n_rows).seed(seed).shuffle().repeat(EPOCHS)
-    return order.batch(batch)
+    parts = order.batch(batch // share.count)
+    return parts.slice(slice(share.index, None, share.count))
 
 
 class FromShards:
@@ -32,8 +39,9 @@ class FromShards:
     Args:
         shards: The opened folder.
         sites: Which of its sites; all by default.
-        batch: Rows per batch.
+        batch: Rows per batch, those of other shares included.
         seed: Decides the order of the rows.
+        share: Which rows of each batch are read; no others are.
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class FromShards:
         batch: int,
         sites: tuple[str, ...] | None = None,
         seed: int = 0,
+        share: Share = WHOLE,
     ):
         self.sites = tuple(sites or shards.widths)
         unknown = sorted(set(self.sites) - set(shards.widths))
@@ -53,8 +62,9 @@ class FromShards:
             )
         if not 0 < batch <= len(shards):
             raise ValueError(f"batch={batch} must be from 1 to {len(shards)} rows")
+        checks.raise_all(share.faults(batch=batch))
         self.shards, self.batch = shards, batch
-        self._batches = shuffled(len(shards), batch, seed).map(self._read)
+        self._batches = shuffled(len(shards), batch, seed, share).map(self._read)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -63,8 +73,8 @@ class FromShards:
 
     def batches(
         self, start: int = 0, position: Any = None
-    ) -> Iterator[dict[str, Float[Array, "B D"]]]:
-        """Batches from number `start` on, without end.
+    ) -> Iterator[dict[str, Float[Array, "_ D"]]]:
+        """Batches from number `start` on, or this share of them, without end.
 
         The `position` of an earlier run is only compared: same shards, as many rows.
         """

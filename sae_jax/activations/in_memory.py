@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from sae_jax import checks
 from sae_jax.activations.from_shards import shuffled
+from sae_jax.share import WHOLE, Share
 
 
 class InMemory:
@@ -18,8 +19,9 @@ class InMemory:
 
     Args:
         arrays: Activations by site.
-        batch: Rows per batch.
+        batch: Rows per batch, those of other shares included.
         seed: Decides the order of the rows, another one in each epoch.
+        share: Which rows of each batch are taken.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class InMemory:
         *,
         batch: int,
         seed: int = 0,
+        share: Share = WHOLE,
     ):
         self.arrays = dict(arrays)
         if not self.arrays:
@@ -40,7 +43,8 @@ class InMemory:
             raise ValueError(
                 f"batch={batch} must be from 1 to the {n_rows} rows that there are"
             )
-        self.batch, self._order = batch, shuffled(n_rows, batch, seed)
+        checks.raise_all(share.faults(batch=batch))
+        self.batch, self._order = batch, shuffled(n_rows, batch, seed, share)
         # Taken once: reading an array of the device's would wait for what it does.
         begin = {s: np.asarray(a[:64]).tobytes() for s, a in self.arrays.items()}
         self._made_by = {
@@ -57,8 +61,11 @@ class InMemory:
 
     def batches(
         self, start: int = 0, position: Any = None
-    ) -> Iterator[dict[str, Float[Array, "B D"]]]:
-        """Batches from number `start` on, without end; `position` is only compared."""
+    ) -> Iterator[dict[str, Float[Array, "_ D"]]]:
+        """Batches from number `start` on, or this share of them, without end.
+
+        `position` is only compared.
+        """
         if position is not None and position != self._made_by:
             raise ValueError(
                 f"the position belongs to other arrays, or to another order: "

@@ -1,40 +1,43 @@
 """Batches from a language model that runs beside the SAE.
 
-Activations stay on the device. The text is cut into blocks of R rows. Each block is
-permuted by a key of its own and halved; group g, from which R / B batches are drawn in
-a keyed order, is the second half of block g and the first half of block g + 1. So
-every row meets rows of two blocks, and batch t needs two blocks and nothing older: a
-run that resumes at t harvests two blocks and goes on bit for bit. (The first half of
-block 0 is in no group.) At most three times R rows are held.
+The text is dealt to readers; `sae_jax.activations.reader` says how each mixes its rows.
+A batch is what all of them read, one after another. A process has the readers of its
+share and nothing of the others, whose text it neither tokenises nor gives to the model.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sae_jax import checks
 from sae_jax.activations.harvester import Harvester
-from sae_jax.checks import changed
-from sae_jax.text.blocks import Block, Place, blocks
+from sae_jax.activations.reader import Reader
+from sae_jax.share import PLACES, WHOLE, Share
+from sae_jax.text.blocks import Place
 from sae_jax.text.contexts import Packing
+from sae_jax.text.dealt import Dealt
 from sae_jax.text.documents import Documents
 
 
 class OnTheFly:
     """A stream of batches `{site: [batch, width]}`.
 
+    At most three times `buffer` rows are held, of which a share has its part.
+
     Args:
         harvester: The model and the sites.
         documents: The text.
         tokenizer: The model's tokenizer.
         packing: How documents become contexts.
-        batch: Rows per batch.
-        buffer: Rows per block; an even multiple of `batch`.
+        batch: Rows per batch, those of other shares included.
+        buffer: Rows per block, of all readers together; an even multiple of `batch`.
         seed: Decides the order of the rows.
+        readers: Among how many the documents are dealt. Another number makes other
+            batches; another number of shares does not.
+        share: Which rows of each batch, and so which readers, are this process's.
     """
 
     def __init__(
@@ -47,14 +50,26 @@ class OnTheFly:
         batch: int,
         buffer: int,
         seed: int = 0,
+        readers: int = 1,
+        share: Share = WHOLE,
     ):
         if buffer % (2 * batch) or buffer <= 0:
             raise ValueError(
                 f"buffer={buffer} must be a multiple of twice the batch, {2 * batch}"
             )
+        if readers < 1 or batch % readers:
+            raise ValueError(
+                f"readers={readers} must be at least 1 and divide the batch, {batch}"
+            )
+        checks.raise_all(share.faults(readers=readers))
+        if share.count > 1 and not packing.repeat:
+            raise ValueError(
+                "repeat=False: readers' texts end at different batches, of which other "
+                "processes do not know; let a text that is shared repeat"
+            )
         self.harvester, self.batch, self.buffer = harvester, batch, buffer
-        self._blocks = partial(blocks, documents, tokenizer, packing, buffer)
-        # What decides a batch, besides its number.
+        self.readers = readers
+        # What decides a batch, besides its number and that of the readers.
         self._made_by = {
             **harvester.made_by,
             "text": documents.fingerprint(),
@@ -63,8 +78,20 @@ class OnTheFly:
             "buffer": buffer,
             "seed": seed,
         }
-        self._key = jax.random.key(seed)
-        self._places: dict[int, Place | None] = {0: None}
+        key, alone = jax.random.key(seed), readers == 1
+        own = readers // share.count
+        self._own = {
+            number: Reader(
+                harvester,
+                documents if alone else Dealt(documents, number, readers),
+                tokenizer,
+                packing,
+                batch=batch // readers,
+                buffer=buffer // readers,
+                key=key if alone else jax.random.fold_in(key, number),
+            )
+            for number in range(share.index * own, (share.index + 1) * own)
+        }
 
     @property
     def widths(self) -> dict[str, int]:
@@ -73,120 +100,71 @@ class OnTheFly:
 
     def batches(
         self, start: int = 0, position: Any = None
-    ) -> Iterator[dict[str, Float[Array, "B D"]]]:
-        """Batches from number `start` on.
+    ) -> Iterator[dict[str, Float[Array, "_ D"]]]:
+        """Batches from number `start` on, or this share of them.
 
-        With the `position(start)` of an earlier run, the text before it is not read
-        again; without, it is tokenised but not given to the model. Ends when the text
-        ends, with what does not fill a block left over.
+        With the `position(start)` of an earlier run, joined if it had shares, the text
+        before it is not read again; without, it is tokenised but not given to the
+        model. Ends when the text of a reader ends, with what does not fill a block left
+        over.
         """
         if start < 0:
             raise ValueError(f"start={start} must not be negative")
-        group = start // (self.buffer // self.batch)
-        first, place = 0, None
-        if position is not None:
-            differ = changed(position.get("made_by"), self._made_by)
-            if differ:
-                raise ValueError(
-                    f"the position belongs to another stream: {differ}. (The text "
-                    f"changes with its files, and 'embedded' with the Python)"
-                )
-            first, place = position["group"], position["place"]
-            if first != group:
-                raise ValueError(
-                    f"position is that of group {first}, batch {start} is in {group}"
-                )
-            place = Place(*place) if place is not None else None
-        self._places[first] = place
-        return self._draw(start, first, place)
+        places = {} if position is None else self._places(start, position)
+        parts = [
+            reader.batches(start, places.get(number))
+            for number, reader in self._own.items()
+        ]
+        return map(_together, zip(*parts, strict=False))
 
-    def _draw(
-        self, start: int, first: int, place: Place | None
-    ) -> Iterator[dict[str, Float[Array, "B D"]]]:
-        group, index = divmod(start, self.buffer // self.batch)
-        half = None
-        for number, block in enumerate(_ahead(self._blocks(place)), start=first):
-            if len(block.row) < self.buffer:
-                return
-            self._places[number] = block.place
-            self._places.pop(number - 3, None)
-            if number < group:
-                continue
-            rows = self.harvester.rows(block)
-            if half is None:
-                half = _second_half(rows, self._key, number)
-                continue
-            mixed, half = _mix(half, rows, self._key, number)
-            del rows
-            for i in range(index, self.buffer // self.batch):
-                yield _slice(mixed, i, self.batch)
-            del mixed
-            index = 0
+    def _places(self, start: int, position: Any) -> dict[int, Place | None]:
+        """The places of this share's readers, from the position of all."""
+        differ = checks.changed(position.get("made_by"), self._made_by)
+        if differ:
+            raise ValueError(
+                f"the position belongs to another stream: {differ}. (The text "
+                f"changes with its files, and 'embedded' with the Python)"
+            )
+        then = position.get("readers", 1)
+        if then != self.readers:
+            raise ValueError(
+                f"the position belongs to another stream: readers was {then} and is "
+                f"{self.readers}, which deals the text anew; give readers={then}"
+            )
+        group = start // (self.buffer // self.batch)
+        if position["group"] != group:
+            raise ValueError(
+                f"position is that of group {position['group']}, batch {start} is in "
+                f"{group}"
+            )
+        places = position[PLACES] if then > 1 else {"0": position["place"]}
+        if len(places) != then:
+            raise ValueError(
+                f"the position tells of readers {', '.join(places)} of {then}: it is "
+                f"that of a share. Join those of all, by sae_jax.share.joined"
+            )
+        return {
+            number: None if (place := places[str(number)]) is None else Place(*place)
+            for number in self._own
+        }
 
     def position(self, t: int) -> Any:
         """What `batches(t, position)` needs to begin at once; JSON can hold it.
 
-        Known for the batches around the last one that was drawn.
+        Known for the batches around the last one that was drawn. That of a share tells
+        of its own readers; `sae_jax.share.joined` makes one of those of all shares.
         """
-        group = t // (self.buffer // self.batch)
-        if group not in self._places:
-            raise ValueError(
-                f"the place of batch {t} is not known; known are those of groups "
-                f"{sorted(self._places)} of {self.buffer // self.batch} batches"
-            )
-        place = self._places[group]
-        return {
-            "made_by": self._made_by,
-            "group": group,
-            "place": list(place) if place is not None else None,
+        position = {"made_by": self._made_by, "group": t // (self.buffer // self.batch)}
+        places = {
+            str(number): None if (place := reader.place(t)) is None else list(place)
+            for number, reader in self._own.items()
         }
-
-
-class _Order(NamedTuple):
-    """Two random orders per block: of its own rows, and of the group it completes."""
-
-    own: Array
-    group: Array
-
-
-def _order(key: Array, number: Array, n: int) -> _Order:
-    own, group = jax.random.split(jax.random.fold_in(key, number))
-    return _Order(jax.random.permutation(own, n), jax.random.permutation(group, n))
+        if self.readers == 1:
+            return {**position, "place": places["0"]}
+        return {**position, "readers": self.readers, PLACES: places}
 
 
 @jax.jit
-def _second_half(rows, key, number):
-    """The rows of a block that belong to the group which begins with it."""
-    n = jax.tree.leaves(rows)[0].shape[0]
-    chosen = _order(key, number, n).own[n // 2 :]
-    return jax.tree.map(lambda x: x[chosen], rows)
-
-
-@jax.jit
-def _mix(half, rows, key, number):
-    """A whole group, in its final order, and the half that is kept for the next."""
-    n = jax.tree.leaves(rows)[0].shape[0]
-    own, order = _order(key, number, n)
-
-    def group(old, new):
-        return jnp.concatenate([old, new[own[: n // 2]]])[order]
-
-    mixed = jax.tree.map(group, half, rows)
-    return mixed, jax.tree.map(lambda x: x[own[n // 2 :]], rows)
-
-
-@partial(jax.jit, static_argnums=2)
-def _slice(rows, index, size):
-    """Batch `index` of a group."""
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, index * size, size), rows
-    )
-
-
-def _ahead(items: Iterator[Block]) -> Iterator[Block]:
-    """The same items, each made in the background while the one before is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
+def _together(parts):
+    """The rows of all readers, in the readers' order."""
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *parts)

@@ -15,7 +15,11 @@ Rows = Mapping[str, Array]
 
 @runtime_checkable
 class Stream(Protocol):
-    """Batches of activations `{site: [B, D]}`; see `sae_jax.activations`."""
+    """Batches of activations `{site: [B, D]}`; see `sae_jax.activations`.
+
+    One that was opened with a share (`sae_jax.share`) gives its rows of each batch;
+    `batch` is the size of the whole.
+    """
 
     batch: int
 
