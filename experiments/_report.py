@@ -69,6 +69,13 @@ def report_on(
     print(f"\n{report.table(rows)}\n", flush=True)
     tokens = config.train.steps * config.data.batch
     held_out = int(result.evaluator.heldout.use.sum())
+    diverged = [
+        f"{row['name']} in step {row['diverged_in_step']}"
+        for row in rows
+        if row["diverged_in_step"] is not None
+    ]
+    diverged = [f"Diverged: {', '.join(diverged)}."] if diverged else []
+    print(*diverged, flush=True)
     write_report(
         out,
         rows,
@@ -82,7 +89,7 @@ def report_on(
         summary=(
             f"{len(rows)} SAEs, trained on the same {tokens:,} tokens and evaluated on "
             f"{held_out:,} held-out ones. Language model: {config.lm}. Text: "
-            f"{config.dataset}."
+            f"{config.dataset}. {' '.join(diverged)}"
         ),
         figures=[
             *figures,
@@ -149,9 +156,14 @@ def write_report(
 
 
 def training_lines(result: Result) -> dict[str, list[dict[str, Any]]]:
-    """What was logged in training, by SAE."""
+    """What was logged in training, by SAE; that of one that diverged ends with NaN."""
+    none = dict.fromkeys(("l0", "nmse", "loss_mse"), math.nan)
     return {
-        name: [line for line in one.history if line["kind"] == "train"]
+        name: [
+            {**line, **none} if line["kind"] == "diverged" else line
+            for line in one.history
+            if line["kind"] in ("train", "diverged")
+        ]
         for name, one in result.trained.items()
     }
 
@@ -164,8 +176,10 @@ def rows_of(
 
 
 def row(name: str, one: TrainedSAE, scores: Mapping[str, float]) -> dict[str, Any]:
-    """What tables and figures take of one SAE."""
-    bound = one.sae.bound
+    """What tables and figures take of one SAE; one that diverged has no scores."""
+    bound, diverged = one.sae.bound, one.about.get("diverged_in_step")
+    if diverged is not None:
+        scores = dict.fromkeys(scores, math.nan)
     return {
         "name": name,
         "rule": bound.rule.name,
@@ -174,6 +188,8 @@ def row(name: str, one: TrainedSAE, scores: Mapping[str, float]) -> dict[str, An
         "site": one.about["site"],
         "seed": one.about.get("seed"),
         "n_features": one.sae.n_features,
+        "lr": one.about.get("lr"),
+        "diverged_in_step": diverged,
         **scores,
     }
 

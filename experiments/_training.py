@@ -47,6 +47,7 @@ class Wanted(NamedTuple):
     site: str
     target: str | None = None
     seed: int = 0
+    lr: float | None = None
 
 
 @dataclass
@@ -173,7 +174,7 @@ class Config(ModelConfig, TextConfig):
         """The member that one wish stands for."""
         target = None if w.target is None else widths[w.target]
         sae = self.sae.make(w.rule, widths[w.site], target)
-        return Member(sae, w.site, w.target, w.seed)
+        return Member(sae, w.site, w.target, w.seed, lr=w.lr)
 
     def members(self, widths: dict[str, int]) -> dict[str, Member]:
         """All of them by name: rule and knob, and what else tells them apart."""
@@ -184,6 +185,7 @@ class Config(ModelConfig, TextConfig):
             parts = [bound.rule.name, f"{bound.rule.knob}{bound.hp[bound.rule.knob]:g}"]
             parts += [w.site] * (len({v.site for v in wanted}) > 1)
             parts += [f"seed{w.seed}"] * (len({v.seed for v in wanted}) > 1)
+            parts += [f"lr{w.lr:g}"] * (w.lr is not None)
             name = "-".join(parts)
             if name in members:  # specs that differ in another argument
                 name = f"{name}-{len(members)}"

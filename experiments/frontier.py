@@ -1,7 +1,8 @@
 """Sparsity against reconstruction: several rules, each over a range of its knob.
 
 All SAEs see the same batches of activations. Every rule is trained with its knob (k, or
-the coefficient of its penalty) times each of the factors, and with every seed.
+the coefficient of its penalty) times each of the factors, with every seed and learning
+rate. Those that differ in nothing else are trained side by side, in one program.
 
 Command:  python launch.py --experiment=frontier
 Example:  python launch.py --experiment=frontier --rule_files=my_rule.py
@@ -38,6 +39,9 @@ class Config(Training):
         tuple[float, ...], "what the knob of each rule is multiplied with"
     ] = (0.25, 1.0, 4.0, 8.0)
     seeds: Annotated[tuple[int, ...], "seeds, by commas"] = (0,)
+    lrs: Annotated[
+        tuple[float, ...], "learning rates, each for all; none: that of the recipe"
+    ] = ()
     site: Annotated[str, "what the SAEs read: place.layer"] = "resid_post.2"
     sae: Dictionary = Dictionary(expansion=8, treatment="scale")
     data: Data = Data(batch=512, buffer=16_384)
@@ -47,12 +51,13 @@ class Config(Training):
     every: Every = Every(log=20, save=300)
 
     def wanted(self) -> list[Wanted]:
-        """Every rule, times every factor, with every seed."""
+        """Every rule, times every factor, with every seed and learning rate."""
         return [
-            Wanted(scaled(spec, factor), self.site, None, seed)
+            Wanted(scaled(spec, factor), self.site, None, seed, lr)
             for spec in self.rules
             for factor in self.factors
             for seed in self.seeds
+            for lr in self.lrs or (None,)
         ]
 
 
