@@ -32,9 +32,9 @@ from sae_jax.report.table import csv_text
 from sae_jax.settings import Spec
 from sae_jax.whole_files import write_whole
 
-NOTE = """By calculation, nothing was run. GB: 1e9 bytes of one device, up to {filled:.0%}
-of its own. MB: what it sends in a step. Step: the longer of computing and of moving
-memory, then sending, at the speeds that makers publish."""
+NOTE = """By calculation, nothing was run. GB: 1e9 bytes of one device, of which
+{filled:.0%} may be filled. MB: what it sends in a step. Step: the longer of computing
+and of moving memory, then sending, at the speeds that makers publish."""
 HEADINGS = (
     *("F", "D", "chips", "mesh", "state GB", "all GB", "MB by data", "MB by feature"),
     *("compute ms", "moving ms", "sending ms", "step ms", "grow"),

@@ -212,8 +212,8 @@ def test_the_compiler_of_tpus_agrees(kind, split, recipe, temporaries, bytes_mov
     moved = program.cost_analysis()["bytes accessed"] / _roofline.moved(found)
     assert moved == pytest.approx(bytes_moved, rel=0.05)
     ours, theirs = expected(found), collectives(program.as_text())
-    assert ours.keys() == theirs.keys()
-    for key, sent in theirs.items():
+    for key in ours.keys() | theirs.keys():
         # Of ReLU it sums the gradient of one matrix in bfloat16.
-        least = 0.74 if kind == "dense" and key[1] == split.data else 0.999
-        assert least < sent / ours[key] < 1.001, key
+        least = 0.74 if kind == "dense" and key[1] == split.data else 0.998
+        near = least * ours[key] <= theirs[key] <= 1.001 * ours[key] + SCALARS
+        assert near, (key, ours[key], theirs[key])
