@@ -277,6 +277,14 @@ def test_a_command_that_fails_on_a_slice_that_is_there_is_given_up(machine, tmp_
     assert "3 failures in a row" in done.stderr
 
 
+def test_failures_count_anew_after_a_stop_that_was_asked_for(machine, tmp_path):
+    machine.says("states", *["0 ACTIVE"] * 20)
+    machine.says("gcloud", *"0 3 0 3 0 75 0 3 0 3 0 0".split())
+    done = machine.run(str(written(PLAIN, tmp_path / "out") / "watch.sh"))
+    assert done.returncode == 0, done.stderr
+    assert verbs(machine) == ["ssh"] * 12
+
+
 def test_a_request_that_is_refused_is_given_up(machine, tmp_path):
     machine.says("states", *["1 NOT_FOUND"] * 6)
     machine.says("gcloud", *["1"] * 3)
@@ -344,3 +352,14 @@ def test_what_cannot_be_written_is_said(given, fault):
     _, faults = settings.build(Config(), {**plain, **given})
     assert any(fault in text for text in faults), faults
     assert settings.build(Config(), plain)[1] == []
+
+
+def test_the_command_of_the_document_is_understood():
+    text = (Path(__file__).parent.parent / "experiments" / "PODS.md").read_text()
+    command = re.search(r"```sh\n(.*?)\nruns/", text, re.S)[1].replace("\\\n", " ")
+    words = [word.removeprefix("--") for word in shlex.split(command)[2:]]
+    given = dict(word.split("=", 1) for word in words)
+    assert given.pop("experiment") == "pod"
+    config, faults = settings.build(Config(), given)
+    assert faults == []
+    assert "--mesh=data:16,feature:2" in pod.texts(config)["slurm.sh"]

@@ -5,6 +5,7 @@ That the formulas are right is tested against compiled steps, in `tests/on_devic
 
 import csv
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -161,6 +162,28 @@ def test_a_number_of_chips_over_which_nothing_spreads():
     rows = list(sizing.table(config))
     assert not any(r["fits"] for r in rows)
     assert "no mesh is even" in sizing.shown(config, rows)
+
+
+def test_the_table_of_the_document_is_this_one():
+    text = (Path(__file__).parent.parent / "experiments" / "PODS.md").read_text()
+    lines = text.split("double next |\n")[1].split("\n\n")[0].splitlines()[1:]
+    config, rule = sizing.Config(), ""
+    for line in lines:
+        name, *said = (cell.strip() for cell in line.strip("|").split("|"))
+        rule = name or rule
+        sae = SAE(2304, int(said[0].replace(",", "")), rule, dtype=config.dtype)
+        at = Step(sae, config.batch, Recipe(), Split(1, 1))
+        r = sizing.row("v5p", at, int(said[1]), config.dtype)
+        state = sum(r[term] for term in ("parameters", "moments", "counters"))
+        wanted = [f"{r['data']}x{r['feature']}", f"{state / 1e9:.1f}"]
+        wanted += [f"{r['held'] / 1e9:.1f}"]
+        if r["fits"]:
+            sent = [f"{r[f'sent by {axis}'] / 1e6:.0f}" for axis in ("data", "feature")]
+            wanted += [" / ".join(sent), f"{1e3 * r['seconds']:.1f}", r["grow"]]
+        else:
+            wanted += ["does not fit", "", ""]
+        assert said[2:] == wanted
+    assert len(lines) == 12
 
 
 @pytest.mark.parametrize(
