@@ -21,6 +21,7 @@ import jax
 from absl import app, flags, logging
 
 from sae_jax import checks, settings
+from sae_jax.run import hosts, job
 
 ROOT = Path(__file__).parent
 EXPERIMENTS = sorted(p.stem for p in (ROOT / "experiments").glob("[a-z]*.py"))
@@ -39,6 +40,22 @@ flags.DEFINE_string(
     "folder for compiled programs (~/.cache/sae_jax/xla); empty: none",
     OWN,
 )
+flags.DEFINE_boolean(
+    "distributed",
+    False,
+    "this is one of several processes that train together, on a TPU pod, under SLURM, "
+    "MPI, or as the next three say",
+    OWN,
+)
+flags.DEFINE_string("coordinator", "", "HOST:PORT of the first process", OWN)
+flags.DEFINE_integer("processes", 0, "how many there are", flag_values=OWN)
+flags.DEFINE_integer("process", -1, "which one this is, from 0 on", flag_values=OWN)
+flags.DEFINE_integer(
+    "local_processes",
+    0,
+    "start so many on this machine, and watch over them",
+    flag_values=OWN,
+)
 flags.DEFINE_boolean("help", False, "this text", OWN)
 
 
@@ -46,13 +63,16 @@ def main(work: Callable[[], object]) -> None:
     """Does what was asked for."""
     try:
         work()
-    except (ValueError, OSError) as error:
+    except Exception as error:
         # What the project itself says of bad input is complete; the rest is a fault
         # of ours, and its traceback is needed.
         last = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not any(last.is_relative_to(ROOT / own) for own in PROJECT):
-            raise
-        sys.exit(f"error: {error}")
+        ours = any(last.is_relative_to(ROOT / own) for own in PROJECT)
+        if not ours or not isinstance(error, ValueError | OSError):
+            if not hosts.several():
+                raise
+            leave(traceback.format_exc(), 1)
+        leave(f"error: {error}", 1)
 
 
 def read(argv: list[str]) -> Callable[[], object]:
@@ -68,6 +88,11 @@ def read(argv: list[str]) -> Callable[[], object]:
         leave(overview(), 0 if OWN["help"].value else 2)
     if name not in EXPERIMENTS:
         leave(f"--experiment: {checks.unknown('experiment', name, EXPERIMENTS)}", 2)
+    if OWN.local_processes:
+        take(flags.FLAGS, [], faults)  # which absl insists on
+        return lambda: sys.exit(job.run(alone(argv), OWN.local_processes))
+    if OWN.distributed:
+        join()
     experiment = importlib.import_module(f"experiments.{name}")
     default = experiment.Config()
     if OWN["help"].value:
@@ -80,6 +105,8 @@ def read(argv: list[str]) -> Callable[[], object]:
     given |= {a.lstrip("-").split("=")[0]: "" for a in rest if a[:1] == "-"}
     faults += [f"{a}: settings are given as --name=value" for a in rest if a[:1] != "-"]
     config, more = settings.build(default, given, also=list(OWN))
+    if hosts.several() and not hasattr(config, "mesh"):
+        faults.append(f"--distributed: {name} is not for several processes")
     if faults + more:
         leave("\n".join(faults + more), 2)
     if OWN.dry_run:
@@ -90,6 +117,23 @@ def read(argv: list[str]) -> Callable[[], object]:
         experiment.run(config)
 
     return work
+
+
+def join() -> None:
+    """Makes this one of several processes, of which the first speaks for all."""
+    place = OWN.coordinator, OWN.processes, OWN.process
+    try:
+        hosts.join(*place)
+    except ValueError as error:
+        leave(f"--distributed: {error}", 2)
+    if not hosts.first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def alone(argv: list[str]) -> list[str]:
+    """The command of one of the processes that `--local_processes` asks for."""
+    rest = [a for a in joined(argv[1:]) if not a.startswith("--local_processes")]
+    return [sys.executable, str(Path(__file__).resolve()), *rest]
 
 
 def keep_programs(folder: str) -> None:
@@ -144,6 +188,8 @@ def take(known: flags.FlagValues, arguments: list[str], faults: list[str]) -> li
 def leave(text: str, status: int = 0) -> NoReturn:
     """Ends the program with a text, on stderr if it is of faults."""
     print(text, file=sys.stderr if status else sys.stdout)
+    if status and hosts.several():
+        hosts.leave(status)
     sys.exit(status)
 
 

@@ -75,7 +75,7 @@ def report_on(
         if row["diverged_in_step"] is not None
     ]
     diverged = [f"Diverged: {', '.join(diverged)}."] if diverged else []
-    print(*diverged, flush=True)
+    print(*(f"{said}\n" for said in diverged), end="", flush=True)
     write_report(
         out,
         rows,

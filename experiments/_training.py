@@ -6,7 +6,7 @@ A subclass of `Config` says which SAEs (`wanted`); all of them see the same batc
 import dataclasses
 import hashlib
 import importlib.util
-from collections import Counter
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 
+from experiments._estimates import estimates
 from sae_jax import mesh, rules
 from sae_jax.activations import FromShards, Harvester, OnTheFly, Shards
 from sae_jax.config import (
@@ -26,7 +27,7 @@ from sae_jax.config import (
 )
 from sae_jax.evaluation import Evaluation, Evaluator
 from sae_jax.model import SAE
-from sae_jax.run import profile
+from sae_jax.run import hosts, profile
 from sae_jax.run.devices import ONE_DEVICE, OneDevice, OnMesh, Pmap
 from sae_jax.run.folder import folder_fault
 from sae_jax.run.in_folder import train_in_folder
@@ -152,6 +153,8 @@ class Config(ModelConfig, TextConfig):
         except ValueError as error:
             yield str(error)
             return
+        if not self.data.shards:
+            yield from devices.share.faults(**{"data.readers": self.data.readers})
         for w in self.wanted():
             try:
                 member = self.make(w, widths)
@@ -163,12 +166,15 @@ class Config(ModelConfig, TextConfig):
             yield from faults
 
     def devices(self) -> OneDevice:
-        """Where to train."""
+        """Where to train; several processes spread rows where nothing else is said."""
         if self.runner == "pmap":
             if self.mesh:
                 raise ValueError("runner=pmap has no mesh; leave out one of the two")
             return Pmap()
-        return OnMesh(mesh.make(mesh.parse(self.mesh))) if self.mesh else ONE_DEVICE
+        sizes = mesh.parse(self.mesh)
+        if hosts.several():
+            sizes = sizes or {mesh.DATA: jax.device_count()}
+        return OnMesh(mesh.make(sizes)) if sizes else ONE_DEVICE
 
     def make(self, w: Wanted, widths: dict[str, int]) -> Member:
         """The member that one wish stands for."""
@@ -185,7 +191,7 @@ class Config(ModelConfig, TextConfig):
             parts = [bound.rule.name, f"{bound.rule.knob}{bound.hp[bound.rule.knob]:g}"]
             parts += [w.site] * (len({v.site for v in wanted}) > 1)
             parts += [f"seed{w.seed}"] * (len({v.seed for v in wanted}) > 1)
-            parts += [f"lr{w.lr:g}"] * (w.lr is not None)
+            parts += [] if w.lr is None else [f"lr{w.lr:g}"]
             name = "-".join(parts)
             if name in members:  # specs that differ in another argument
                 name = f"{name}-{len(members)}"
@@ -222,37 +228,7 @@ class Config(ModelConfig, TextConfig):
 
     def estimates(self) -> dict[str, str]:
         """What a dry run says of size."""
-        lm = self.outline() or self.open_lm()
-        widths = {site: lm.width(site) for site in self.read_sites()}
-        members = self.members(widths)
-        counts = [n_parameters(member.sae) for member in members.values()]
-        total = sum(counts)
-        batch, rows = self.data.batch, self.train.steps * self.data.batch
-        widest = max(member.sae.n_features for member in members.values())
-        buffers = 0 if self.data.shards else 3 * self.data.buffer * sum(widths.values())
-        model = sum(x.size for x in jax.tree.leaves(getattr(lm, "params", {})))
-        passed = self.data.contexts_per_pass * self.context
-        wide = max(widest, lm.config.vocab_size)
-        memory = 4 * (3 * total + max(counts) + 3 * batch * widest)
-        return {
-            "SAEs": ", ".join(
-                f"{n} of {size:,} parameters" for size, n in Counter(counts).items()
-            ),
-            "tokens": f"{rows:,} ({self.train.steps:,} steps of {batch:,})",
-            "memory for the SAEs": f"about {memory / 1e9:.2g} GB (parameters, Adam, "
-            f"one gradient, three arrays [{batch}, {widest}])",
-            "memory for activations": f"{4 * buffers / 1e9:.2g} GB",
-            "memory for the language model": f"{4 * model / 1e9:.2g} GB",
-            "memory for evaluation": f"about {16 * passed * wide / 1e9:.2g} GB (four "
-            f"arrays [{passed}, {wide}]: codes, or logits)",
-            "disk": f"{4 * total * (3 * self.every.keep + 1) / 1e9:.2g} GB "
-            f"({self.every.keep} checkpoints and the SAEs)",
-        }
-
-
-def n_parameters(sae: SAE) -> int:
-    """How many numbers are learned."""
-    return sum(array.size for array in sae.shapes().params.values())
+        return estimates(self)
 
 
 @dataclass
@@ -268,7 +244,8 @@ class Result:
 def run_training(config: Config, stop: Stop) -> Result:
     """Trains what the configuration asks for, and evaluates it."""
     tokenizer, lm = config.open_tokenizer(), config.open_lm()
-    stream = config.open_stream(lm, tokenizer)
+    devices = config.devices()
+    stream = config.open_stream(lm, tokenizer, devices.share)
     members = config.members(stream.widths)
     evaluator = config.evaluation.open(
         lm, tokenizer, config, config.data.contexts_per_pass
@@ -306,8 +283,10 @@ def run_training(config: Config, stop: Stop) -> Result:
         },
         wandb=config.wandb,
         profile=config.profile,
-        devices=config.devices(),
+        devices=devices,
     )
+    if not hosts.first():
+        sys.exit()  # what follows is written once
     if config.profile:
         show_profile(Path(config.out).expanduser() / "profile")
     return Result(trained, evaluations, evaluator, tokenizer)

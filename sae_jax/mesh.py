@@ -181,8 +181,14 @@ def made(make_tree: Callable, n_features: int, *args: Any, lead: int = 0) -> Any
     """
     if not spread():
         return make_tree(*args)
-    args = jax.device_put(args, shardings(args, n_features))
+    args = jax.tree.map(_put, args, shardings(args, n_features))
     return in_parts(make_tree, n_features, *args, lead=lead)(*args)
+
+
+def _put(leaf: Array, where: NamedSharding) -> Array:
+    """The array on the mesh; keys cannot be put on other processes' devices."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return leaf if is_key else jax.device_put(leaf, where)
 
 
 def in_parts(

@@ -16,7 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
-FORMAT = "sae_jax.checkpoint.1"
+from sae_jax.run import hosts
+
+FORMAT = "sae_jax.checkpoint.2"
 
 
 class Restored(NamedTuple):
@@ -84,6 +86,7 @@ class Checkpoints:
             report: Called with a sentence for each damaged checkpoint.
         """
         for step in reversed(self.steps()):
+            restored = None
             try:
                 restored = self._read(step, like)
             except Exception as error:  # whatever the libraries below make of damage
@@ -91,6 +94,7 @@ class Checkpoints:
                 report(
                     f"The checkpoint {self.path(step)} cannot be used: {first[:200]}"
                 )
+            if not hosts.all_agree(restored is not None):
                 continue
             for newer in self.steps():
                 if newer > step:  # would be in the way when this step comes again
@@ -142,7 +146,7 @@ def checksums(tree: Any) -> dict[str, int]:
 def _placed(like: Any) -> jax.ShapeDtypeStruct:
     """With a sharding; without, Orbax would ask for the devices of the saved one."""
     sharding = getattr(like, "sharding", None)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding or here)
 
 

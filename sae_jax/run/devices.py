@@ -5,10 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from sae_jax import mesh
 from sae_jax.model import SAE
+from sae_jax.run import hosts
+from sae_jax.share import WHOLE, Share
 from sae_jax.training.ensemble import Ensemble
 from sae_jax.training.recipe import Recipe
 
@@ -16,7 +19,13 @@ AXIS = "rows"  # of pmap; not `data`, which on a mesh is summed over by whom it 
 
 
 class OneDevice:
-    """The first device, by `jit`."""
+    """The first device, by `jit`.
+
+    Attributes:
+      share: which rows of each batch this process brings.
+    """
+
+    share = WHOLE
 
     def faults(self, sae: SAE, recipe: Recipe, batch: int) -> Iterator[str]:
         """What cannot be trained like this."""
@@ -39,8 +48,12 @@ class OneDevice:
         return rows
 
     def together(self, tree: Any) -> Any:
-        """Arrays of a state on one device."""
+        """Arrays of a state on one device of this process."""
         return tree
+
+    def read(self, tree: Any) -> Any:
+        """Arrays of a state in the memory of the host."""
+        return jax.device_get(tree)
 
     def program(self, ensemble: Ensemble) -> Any:
         """The step of `Ensemble.make_step`, ready to be lowered."""
@@ -55,6 +68,7 @@ class OnMesh(OneDevice):
 
     def __init__(self, devices: Mesh):
         self._mesh = devices
+        self.share = share_of(devices)
 
     def faults(self, sae: SAE, recipe: Recipe, batch: int) -> Iterator[str]:
         """Rows and features must be spread evenly."""
@@ -82,11 +96,56 @@ class OnMesh(OneDevice):
 
     def rows(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
         """Each device gets the rows of its place on the axis of rows."""
+        if hosts.several():
+            return {site: self._of_all_processes(x) for site, x in rows.items()}
         return jax.device_put(dict(rows), NamedSharding(self._mesh, mesh.ROWS))
+
+    def _of_all_processes(self, x: Any) -> jax.Array:
+        """Rows of which each process has its share; none are sent to another."""
+        where = NamedSharding(self._mesh, mesh.ROWS)
+        shape = self.share.count * x.shape[0], *x.shape[1:]
+        first, parts = self.share.index * x.shape[0], []
+        for device, index in where.addressable_devices_indices_map(shape).items():
+            assert index is not None
+            begin, end, _ = index[0].indices(shape[0])
+            parts.append(jax.device_put(x[begin - first : end - first], device))
+        return jax.make_array_from_single_device_arrays(shape, where, parts)
 
     def together(self, tree: Any) -> Any:
         """On the first device."""
+        if hosts.several():
+            return jax.tree.map(lambda x: x.addressable_data(0), self._everywhere(tree))
         return jax.device_put(tree, self._mesh.devices.flat[0])
+
+    def read(self, tree: Any) -> Any:
+        """See `OneDevice`."""
+        return jax.device_get(self._everywhere(tree) if hosts.several() else tree)
+
+    def _everywhere(self, tree: Any) -> Any:
+        """All of it on every device, since a process sees none of other processes'."""
+        whole = NamedSharding(self._mesh, mesh.WHOLE)
+        return jax.jit(lambda tree: tree, out_shardings=whole)(tree)
+
+
+def share_of(devices: Mesh) -> Share:
+    """Which rows of a batch the devices of this process hold.
+
+    Those of a process have to stand together on the axis of rows, as many of each.
+    """
+    axis = devices.axis_names.index(mesh.DATA)
+    places: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(devices.devices):
+        places.setdefault(device.process_index, set()).add(place[axis])
+    own, n = places[jax.process_index()], devices.shape[mesh.DATA]
+    index, count = min(own) // len(own), n // len(own)
+    blocks = [set(range(i * len(own), (i + 1) * len(own))) for i in range(count)]
+    if n % len(own) or any(one not in blocks for one in places.values()):
+        raise ValueError(
+            f"mesh {dict(devices.shape)} gives processes rows that do not stand "
+            f"together: {places}. Make {mesh.DATA} a multiple of the processes, or "
+            f"{mesh.FEATURE} one of each process's devices."
+        )
+    return Share(index, count)
 
 
 class Pmap(OneDevice):
@@ -100,6 +159,8 @@ class Pmap(OneDevice):
 
     def faults(self, sae: SAE, recipe: Recipe, batch: int) -> Iterator[str]:
         """A rule may not see more than its device's rows."""
+        if hosts.several():
+            yield "runner=pmap trains in one process; use --mesh with several."
         yield from mesh.misfits({mesh.DATA: self._n}, batch // recipe.accumulate, 1)
         name, state = sae.bound.rule.name, sae.shapes().state
         if sae.bound.rule.couples_batch or state:

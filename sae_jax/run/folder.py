@@ -24,6 +24,7 @@ from typing import Any
 import jax
 
 from sae_jax import checks
+from sae_jax.run import hosts
 from sae_jax.whole_files import UNFINISHED, write_whole
 
 CONFIG, ENVIRONMENT, LOCK = "config.json", "environment.jsonl", ".lock"
@@ -36,7 +37,7 @@ LIBRARIES = (
 
 
 class RunFolder:
-    """A folder that belongs to one configuration, and to one process at a time.
+    """A folder that belongs to one configuration, and to one run at a time.
 
     Args:
         path: Where; made if missing.
@@ -45,6 +46,16 @@ class RunFolder:
 
     def __init__(self, path: str | Path, config: dict[str, Any]):
         self.path = Path(path).expanduser()
+        if hosts.first():
+            self._claim(config)
+        hosts.wait_for_all("the run's folder")
+        if not (self.path / CONFIG).exists():
+            raise ValueError(
+                f"{self.path} was made by the first process and is not there for "
+                f"process {jax.process_index()}; take a file system that all share"
+            )
+
+    def _claim(self, config: dict[str, Any]) -> None:
         checks.raise_all(filter(None, [folder_fault(self.path, config)]))
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")
@@ -66,8 +77,9 @@ class RunFolder:
         return self.path / name
 
     def close(self) -> None:
-        """Lets another process in."""
-        self._lock.close()
+        """Lets another run in."""
+        if hosts.first():
+            self._lock.close()
 
 
 def folder_fault(path: str | Path, config: dict[str, Any]) -> str | None:

@@ -3,11 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from sae_jax import checks
+from sae_jax.run import hosts
 from sae_jax.run.checkpoints import Checkpoints
 from sae_jax.run.devices import ONE_DEVICE, OneDevice
 from sae_jax.run.folder import RunFolder
@@ -57,6 +58,8 @@ def train_in_folder(
     """
 
     def logs(start: int) -> Sequence[Log]:
+        if not hosts.first():
+            return []
         opened: list[Log] = [
             JsonLines(folder / METRICS, start),
             TensorBoard(folder / "tensorboard", start),
@@ -73,8 +76,12 @@ def train_in_folder(
     )
     folder = RunFolder(path, config)
     checkpoints = Checkpoints(folder / "checkpoints", keep=every.keep)
-    timing = Timing(folder / "timing.jsonl")
-    with closing(folder), closing(checkpoints), closing(timing):
+    with ExitStack() as opened:
+        opened.callback(folder.close)
+        opened.callback(checkpoints.close)
+        timing = None
+        if hosts.first():
+            timing = opened.enter_context(closing(Timing(folder / "timing.jsonl")))
         trained = Loop(
             members,
             stream,
@@ -89,6 +96,8 @@ def train_in_folder(
             devices=devices,
             progress=progress,
         ).run()
+        if not hosts.first():
+            return trained
         lines = read_lines(folder / METRICS)  # those before a resume as well
         for name, one in trained.items():
             history = [line for line in lines if line["sae"] == name]

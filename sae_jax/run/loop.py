@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any, NamedTuple
 
-import jax
 from tqdm import tqdm
 
 from sae_jax import checks
 from sae_jax.model import SAE
-from sae_jax.run import diverged
+from sae_jax.run import diverged, hosts
 from sae_jax.run.checkpoints import Checkpoints
 from sae_jax.run.devices import ONE_DEVICE, OneDevice
 from sae_jax.run.groups import Held, grouped
@@ -28,7 +27,7 @@ from sae_jax.run.log import Log, Timing, plain
 from sae_jax.run.members import Member, Rows, Stream
 from sae_jax.run.profile import Profile
 from sae_jax.run.progress import Progress
-from sae_jax.run.stop import Stop, nothing_to_save
+from sae_jax.run.stop import Stop, end_together, nothing_to_save
 from sae_jax.trained import TrainedSAE
 from sae_jax.training.recipe import Recipe
 from sae_jax.training.window import Window
@@ -136,12 +135,13 @@ class Loop:
             raise ValueError("there are no activations to train on")
         else:
             with self._devices.entered():
-                held = self._groups.fresh(first)
+                held = self._groups.fresh(self._devices.rows(first))
             self._point = Point(0, held, self.stream.position(0))
         total = self.recipe.steps * self.stream.batch
         done = start * self.stream.batch
+        show = self._show and hosts.first()
         with ExitStack() as opened:
-            self._bar = opened.enter_context(Progress(total, done, show=self._show))
+            self._bar = opened.enter_context(Progress(total, done, show=show))
             self._logs = self._open_logs(start)
             opened.callback(self._end)
             self._stop.save = self._save_now
@@ -174,6 +174,8 @@ class Loop:
             logged = self._duties(t, last=rows is None)
             if rows is None:
                 return
+            if hosts.told_to_end(t):
+                end_together(self._save_now())
             with self._stop.lock:  # while a step runs, its state is nowhere whole
                 placed = self._devices.rows(rows)
                 held = self._groups.step(steps, self._point.held, placed, logged)
@@ -213,7 +215,8 @@ class Loop:
                     self._note(t, name, "train", means[name])
                 elif bad >= t - window.count:  # and not before this window
                     self._note(t, name, "diverged", {"in_step": bad})
-                    tqdm.write(f"{said} It stays as it was before.", sys.stderr)
+                    if hosts.first():
+                        tqdm.write(f"{said} It stays as it was before.", sys.stderr)
             self._unread = None
             self._bar.show(means)
 
@@ -222,7 +225,7 @@ class Loop:
 
         When all have diverged, training ends.
         """
-        windows = jax.device_get(windows)
+        windows = self._devices.read(windows)
         found = {}
         for name in self.members:
             window = self._groups.of(windows, name)
@@ -261,7 +264,7 @@ class Loop:
         self._read([held.window for held in self._point.held], self._point.step)
         for log in self._logs:
             log.flush()
-        notes = {"position": self._point.position}
+        notes = {"position": hosts.whole_position(self._point.position)}
         self.checkpoints.save(self._point.step, self._saved(self._point.held), notes)
 
     def _saved(self, held: Sequence[Held]) -> dict[str, Any]:
@@ -282,7 +285,9 @@ class Loop:
     def _trained(self, name: str) -> TrainedSAE:
         member = self.members[name]
         state = self._groups.of([held.state for held in self._point.held], name)
-        diverged_in = int(state.diverged)
+        wanted = state.variables, state.step, state.control, state.diverged
+        variables, step, control, stopped = self._devices.together(wanted)
+        diverged_in = int(stopped)
         about = {
             "site": member.site,
             "target": member.target,
@@ -293,6 +298,5 @@ class Loop:
             **({"lr": member.lr} if member.lr is not None else {}),
             **({"diverged_in_step": diverged_in} if diverged_in >= 0 else {}),
         }
-        sae = self.recipe.knob.reached(member.sae, state.step, state.control)
-        variables = self._devices.together(state.variables)
+        sae = self.recipe.knob.reached(member.sae, step, control)
         return TrainedSAE(sae, variables, about, self.history[name])

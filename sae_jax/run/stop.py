@@ -12,6 +12,9 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
+
+from sae_jax.run import hosts
 
 # EX_TEMPFAIL of sysexits.h: not finished; the same command goes on.
 STOPPED = 75
@@ -21,6 +24,13 @@ INTERRUPTED = 130
 def nothing_to_save() -> str:
     """Before the first step of this process, and after the last."""
     return "There was nothing to save."
+
+
+def end_together(said: str) -> NoReturn:
+    """Ends one of several processes, all of which have saved the same step."""
+    if hosts.first():
+        print(f"\nSIGTERM: {said}", file=sys.stderr, flush=True)
+    raise SystemExit(STOPPED)
 
 
 class Stop:
@@ -39,6 +49,8 @@ class Stop:
         self._saving: threading.Thread | None = None
 
     def __enter__(self) -> "Stop":
+        if hosts.several():  # they have to save the same step; see `hosts.told_to_end`
+            return self
         self._wakes, self._woken = socket.socketpair()
         self._woken.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._woken.fileno())
@@ -51,6 +63,8 @@ class Stop:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if hosts.several():
+            return
         for number, handler in self._old.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_fd)

@@ -1,0 +1,46 @@
+"""What a dry run says of the size of a training run; not an experiment."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import jax
+
+from sae_jax.model import SAE
+
+if TYPE_CHECKING:
+    from experiments._training import Config
+
+
+def estimates(config: "Config") -> dict[str, str]:
+    """Numbers of parameters and tokens, memory, disk."""
+    lm = config.outline() or config.open_lm()
+    widths = {site: lm.width(site) for site in config.read_sites()}
+    members = config.members(widths)
+    counts = [n_parameters(member.sae) for member in members.values()]
+    total, data, every = sum(counts), config.data, config.every
+    batch, rows = data.batch, config.train.steps * data.batch
+    widest = max(member.sae.n_features for member in members.values())
+    buffers = 0 if data.shards else 3 * data.buffer * sum(widths.values())
+    model = sum(x.size for x in jax.tree.leaves(getattr(lm, "params", {})))
+    passed = data.contexts_per_pass * config.context
+    wide = max(widest, lm.config.vocab_size)
+    memory = 4 * (3 * total + max(counts) + 3 * batch * widest)
+    return {
+        "SAEs": ", ".join(
+            f"{n} of {size:,} parameters" for size, n in Counter(counts).items()
+        ),
+        "tokens": f"{rows:,} ({config.train.steps:,} steps of {batch:,})",
+        "memory for the SAEs": f"about {memory / 1e9:.2g} GB (parameters, Adam, "
+        f"one gradient, three arrays [{batch}, {widest}])",
+        "memory for activations": f"{4 * buffers / 1e9:.2g} GB",
+        "memory for the language model": f"{4 * model / 1e9:.2g} GB",
+        "memory for evaluation": f"about {16 * passed * wide / 1e9:.2g} GB (four "
+        f"arrays [{passed}, {wide}]: codes, or logits)",
+        "disk": f"{4 * total * (3 * every.keep + 1) / 1e9:.2g} GB "
+        f"({every.keep} checkpoints and the SAEs)",
+    }
+
+
+def n_parameters(sae: SAE) -> int:
+    """How many numbers are learned."""
+    return sum(array.size for array in sae.shapes().params.values())
