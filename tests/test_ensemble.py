@@ -35,7 +35,8 @@ class Steady(Recipe):
 
 
 RECIPE = Steady(steps=100, lr=5e-3, warmup=2, aux=AuxK(dead_after=2, k=16))
-TURNING = dataclasses.replace(RECIPE, knob=Knob(start=1.5, steps=3, target_l0=4.0))
+MOVING = Knob(start=1.5, steps=3, target_l0=4.0)
+TURNING = dataclasses.replace(RECIPE, accumulate=2, knob=MOVING)
 
 
 def turned(name, factor):
@@ -87,7 +88,7 @@ def test_each_is_as_if_it_were_alone(name):
         same(other, expected)
 
 
-def test_however_many_at_once_and_with_knobs_that_move():
+def test_however_many_at_once_in_pieces_and_with_knobs_that_move():
     saes = tuple(SAE(D, F, rule=f"topk(k={k})") for k in (2, 3, 4, 6))
     alone = [
         trained(Ensemble(saes[i : i + 1], TURNING, RATES[i : i + 1]), [i])[0]

@@ -47,6 +47,10 @@ class OneDevice:
         """Activations, brought to where they are used."""
         return rows
 
+    def sample(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Activations that a start is estimated from, those of all processes."""
+        return rows
+
     def together(self, tree: Any) -> Any:
         """Arrays of a state on one device of this process."""
         return tree
@@ -99,6 +103,10 @@ class OnMesh(OneDevice):
         if hosts.several():
             return {site: self._of_all_processes(x) for site, x in rows.items()}
         return jax.device_put(dict(rows), NamedSharding(self._mesh, mesh.ROWS))
+
+    def sample(self, rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `OneDevice`."""
+        return self.rows(rows)
 
     def _of_all_processes(self, x: Any) -> jax.Array:
         """Rows of which each process has its share; none are sent to another."""

@@ -135,7 +135,7 @@ class Loop:
             raise ValueError("there are no activations to train on")
         else:
             with self._devices.entered():
-                held = self._groups.fresh(self._devices.rows(first))
+                held = self._groups.fresh(self._devices.sample(first))
             self._point = Point(0, held, self.stream.position(0))
         total = self.recipe.steps * self.stream.batch
         done = start * self.stream.batch

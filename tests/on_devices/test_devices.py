@@ -20,6 +20,7 @@ X = planted(16, 48, 0.1, 640)[0]
 RECIPE = Recipe(steps=12, lr=1e-2, aux=AuxK(dead_after=3, k=16))
 MEMBERS = {
     "topk": Member(SAE(16, 64, "topk(k=4)", treatment="scale"), "x"),
+    "again": Member(SAE(16, 64, "topk(k=3)", treatment="scale"), "x", seed=2, lr=3e-3),
     "afa": Member(SAE(16, 64, "top_afa(coef=0.1)", b_dec_start="mean"), "x", seed=1),
 }
 BATCHED = {"batch_topk": Member(SAE(16, 64, "batch_topk(k=4)"), "x")}
@@ -104,7 +105,10 @@ def test_a_run_goes_on_with_another_mesh(tmp_path):
 
     every = Every(log=1, evaluate=1, save=1)
     members = {**MEMBERS, **BATCHED}
-    for devices, steps in ((on_mesh(data=8), 6 * 3), (on_mesh(data=2, feature=4), 12)):
+    for devices, steps in (
+        (on_mesh(data=8), 6 * 4),
+        (on_mesh(data=2, feature=4), 4 * 4),
+    ):
         store = Checkpoints(tmp_path)
         options = {"every": every, "evaluate": stops_after(steps)}
         with pytest.raises(Stopped):
@@ -130,7 +134,7 @@ def test_a_run_goes_on_with_another_mesh(tmp_path):
         ),
         (
             lambda: on_mesh(member=8),
-            MEMBERS,
+            BATCHED,
             "1 SAEs that are alike cannot be spread evenly over mesh member:8",
         ),
     ],
