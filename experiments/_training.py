@@ -28,7 +28,7 @@ from sae_jax.config import (
 from sae_jax.evaluation import Evaluation, Evaluator
 from sae_jax.model import SAE
 from sae_jax.run import hosts, profile
-from sae_jax.run.devices import ONE_DEVICE, OneDevice, OnMesh, Pmap
+from sae_jax.run.devices import OneDevice, OnMesh, Pmap
 from sae_jax.run.folder import folder_fault
 from sae_jax.run.in_folder import train_in_folder
 from sae_jax.run.loop import EVERY, Every
@@ -61,6 +61,7 @@ class Config(ModelConfig, TextConfig):
         "profile",
         "mesh",
         "runner",
+        "at_once",
         "report",
     )
 
@@ -76,12 +77,16 @@ class Config(ModelConfig, TextConfig):
     ] = 0
     mesh: Annotated[
         tuple[str, ...],
-        "devices: rows spread over data, features over feature, as data:4,feature:2; "
-        "none: one device",
+        "devices: rows spread over data, features over feature, SAEs over member, as "
+        "data:4,feature:2; none: one device",
     ] = ()
     runner: Annotated[
         Literal["jit", "pmap"], "pmap: all devices, each with all parameters"
     ] = "jit"
+    at_once: Annotated[
+        int,
+        "SAEs that are alike computed at once; 0: one on a CPU, elsewhere many",
+    ] = 0
     sae: Dictionary = Dictionary()
     data: Data = Data()
     train: Recipe = Recipe()
@@ -111,8 +116,9 @@ class Config(ModelConfig, TextConfig):
             yield "wandb needs a package: pip install -e '.[wandb]'"
         if self.source == "torch" and importlib.util.find_spec("torch") is None:
             yield "source=torch needs a package: pip install -e '.[torch]'"
-        if self.profile < 0:
-            yield f"profile={self.profile} must not be negative"
+        for name in ("profile", "at_once"):
+            if getattr(self, name) < 0:
+                yield f"{name}={getattr(self, name)} must not be negative"
         yield from self.train.faults(self.data.batch)
         yield from self.text_faults()
         yield from self.shard_faults()
@@ -170,11 +176,13 @@ class Config(ModelConfig, TextConfig):
         if self.runner == "pmap":
             if self.mesh:
                 raise ValueError("runner=pmap has no mesh; leave out one of the two")
-            return Pmap()
+            return Pmap(self.at_once)
         sizes = mesh.parse(self.mesh)
         if hosts.several():
             sizes = sizes or {mesh.DATA: jax.device_count()}
-        return OnMesh(mesh.make(sizes)) if sizes else ONE_DEVICE
+        if sizes:
+            return OnMesh(mesh.make(sizes), self.at_once)
+        return OneDevice(self.at_once)
 
     def make(self, w: Wanted, widths: dict[str, int]) -> Member:
         """The member that one wish stands for."""
@@ -288,13 +296,5 @@ def run_training(config: Config, stop: Stop) -> Result:
     if not hosts.first():
         sys.exit()  # what follows is written once
     if config.profile:
-        show_profile(Path(config.out).expanduser() / "profile")
+        profile.show(Path(config.out).expanduser() / "profile")
     return Result(trained, evaluations, evaluator, tokenizer)
-
-
-def show_profile(folder: Path) -> None:
-    """Prints where the time of a step goes; a run may have been too near its end."""
-    try:
-        print(f"\n{profile.text(folder)}", flush=True)
-    except FileNotFoundError as error:
-        print(f"\n{error}", flush=True)

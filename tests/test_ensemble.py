@@ -12,6 +12,7 @@ from sae_jax import RULES, SAE, AuxK, Every, Knob, Member, Recipe, adam, init_st
 from sae_jax.activations.in_memory import InMemory
 from sae_jax.binding import bind
 from sae_jax.run.checkpoints import Checkpoints
+from sae_jax.run.devices import OneDevice
 from sae_jax.run.diverged import NotFinite
 from sae_jax.run.groups import grouped
 from sae_jax.run.log import JsonLines
@@ -154,6 +155,21 @@ def test_budgets_that_are_near_are_trained_together():
         f"{k}": Member(SAE(D, F, f"topk(k={k})"), "a") for k in (9, 8, 3, 4, 16, 6)
     }
     assert names(members) == [("3", "4", "6"), ("8", "9", "16")]
+
+
+@pytest.mark.parametrize(
+    ("most", "n", "features", "found"),
+    [(0, 6, 64, 1), (4, 6, 64, 3), (6, 6, 64, 6), (9, 5, 64, 5), (1, 5, 64, 1)],
+)
+def test_as_many_are_computed_at_once_as_was_asked_for(most, n, features, found):
+    assert OneDevice(most).at_once(n, features) == found
+
+
+def test_elsewhere_than_on_a_cpu_small_ones_are_computed_at_once(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert OneDevice().at_once(6, 2048) == 6
+    assert OneDevice().at_once(6, 2**15) == 3
+    assert OneDevice().at_once(6, 2**20) == 1
 
 
 def test_one_program_serves_all_sites():

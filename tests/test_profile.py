@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments._training import show_profile
 from sae_jax.activations.in_memory import InMemory
 from sae_jax.model import SAE
 from sae_jax.run import profile
 from sae_jax.run.loop import Loop
 from sae_jax.run.members import Member
-from sae_jax.run.profile import Profile
+from sae_jax.run.profile import Profile, show
 from sae_jax.trained import to_arrays
 from sae_jax.training.recipe import Recipe
 from tests.test_experiments import configured
@@ -156,7 +155,7 @@ def test_an_experiment_shows_the_profile_of_its_run(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Traced steps: 1, of " in said  # of six, five pass before
     assert any(row.program == "gather" for row in profile.table(tmp_path / "profile"))
-    show_profile(tmp_path)  # as where a run goes on that has too few steps left
+    show(tmp_path)  # as where a run goes on that has too few steps left
     assert "holds no trace of whole steps" in capsys.readouterr().out
     faults = dataclasses.replace(config, profile=-1).faults()
     assert "profile=-1 must not be negative" in list(faults)

@@ -15,6 +15,10 @@ from sae_jax.share import WHOLE, Share
 from sae_jax.training.ensemble import Ensemble
 from sae_jax.training.recipe import Recipe
 
+# Features of the SAEs that are computed at once on a GPU or TPU: small ones fill it
+# together, and a large one does so alone, with codes that take memory. Not measured.
+TOGETHER = 2**17
+
 AXIS = "rows"  # of pmap; not `data`, which on a mesh is summed over by whom it concerns
 
 
@@ -23,17 +27,26 @@ class OneDevice:
 
     Attributes:
       share: which rows of each batch this process brings.
+      most: how many SAEs that are alike are computed at once; 0: see `at_once`.
     """
 
     share = WHOLE
+
+    def __init__(self, most: int = 0):
+        self.most = most
 
     def faults(self, sae: SAE, recipe: Recipe, batch: int) -> Iterator[str]:
         """What cannot be trained like this."""
         yield from ()
 
-    def at_once(self, n: int) -> int:
-        """How many of n SAEs that are alike are computed together."""
-        return 1 if jax.default_backend() == "cpu" else n
+    def at_once(self, n: int, n_features: int) -> int:
+        """How many of n SAEs that are alike are computed together.
+
+        If nothing is asked for, one on a CPU; elsewhere as many as `TOGETHER` allows.
+        """
+        most = 1 if jax.default_backend() == "cpu" else TOGETHER // n_features
+        fit = (i for i in range(1, n + 1) if n % i == 0 and i <= (self.most or most))
+        return max(fit, default=1)
 
     def entered(self) -> AbstractContextManager:
         """Where states are made and steps are compiled."""
@@ -70,7 +83,8 @@ ONE_DEVICE = OneDevice()
 class OnMesh(OneDevice):
     """Devices in a mesh: rows spread over one axis, features over the other."""
 
-    def __init__(self, devices: Mesh):
+    def __init__(self, devices: Mesh, most: int = 0):
+        super().__init__(most)
         self._mesh = devices
         self.share = share_of(devices)
 
@@ -79,7 +93,7 @@ class OnMesh(OneDevice):
         at_once = batch // recipe.accumulate
         yield from mesh.misfits(self._mesh.shape, at_once, sae.n_features)
 
-    def at_once(self, n: int) -> int:
+    def at_once(self, n: int, n_features: int) -> int:
         """Each device has as many as the others, or there is a fault."""
         n_parts = self._mesh.shape[mesh.MEMBER]
         if n % n_parts:
@@ -87,7 +101,7 @@ class OnMesh(OneDevice):
                 f"{n} SAEs that are alike cannot be spread evenly over mesh "
                 f"{mesh.MEMBER}:{n_parts}."
             )
-        return n_parts * super().at_once(n // n_parts)
+        return n_parts * super().at_once(n // n_parts, n_features)
 
     def entered(self) -> AbstractContextManager:
         """Inside, all arrays are spread over the mesh."""
@@ -162,7 +176,8 @@ class Pmap(OneDevice):
     `OnMesh` with `{"data": n}` does the same and more; this is the older way to say it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 0) -> None:
+        super().__init__(most)
         self._n = jax.device_count()
 
     def faults(self, sae: SAE, recipe: Recipe, batch: int) -> Iterator[str]:

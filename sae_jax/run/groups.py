@@ -130,7 +130,7 @@ def grouped(
                     tuple(member.sae for member in chosen),
                     recipe,
                     tuple(member.lr for member in chosen),
-                    devices.at_once(len(chosen)),
+                    devices.at_once(len(chosen), chosen[0].sae.n_features),
                 )
                 with devices.entered():
                     own = ensemble.own()

@@ -120,8 +120,9 @@ class Loop:
         """Trains to the end, from the newest checkpoint if there is one."""
         found = None
         if self.checkpoints:
-            like = self._groups.shapes(self.stream, self._devices)
-            found = self.checkpoints.restore(self._saved(like), tqdm.write)
+            shapes = self._groups.shapes(self.stream, self._devices)
+            like = {"held": self._groups.named(shapes)}
+            found = self.checkpoints.restore(like, tqdm.write)
         start = found.step if found else 0
         position = found.notes["position"] if found else None
         batches: Iterator[Rows] = iter(())
@@ -137,8 +138,7 @@ class Loop:
             with self._devices.entered():
                 held = self._groups.fresh(self._devices.sample(first))
             self._point = Point(0, held, self.stream.position(0))
-        total = self.recipe.steps * self.stream.batch
-        done = start * self.stream.batch
+        total, done = (n * self.stream.batch for n in (self.recipe.steps, start))
         show = self._show and hosts.first()
         with ExitStack() as opened:
             self._bar = opened.enter_context(Progress(total, done, show=show))
@@ -265,10 +265,8 @@ class Loop:
         for log in self._logs:
             log.flush()
         notes = {"position": hosts.whole_position(self._point.position)}
-        self.checkpoints.save(self._point.step, self._saved(self._point.held), notes)
-
-    def _saved(self, held: Sequence[Held]) -> dict[str, Any]:
-        return {"held": self._groups.named(held)}
+        state = {"held": self._groups.named(self._point.held)}
+        self.checkpoints.save(self._point.step, state, notes)
 
     def _save_now(self) -> str:
         """What happens when the process is told to end."""

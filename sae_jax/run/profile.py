@@ -110,6 +110,14 @@ def sources(text: str) -> Iterator[tuple[str, str]]:
             yield f"{program[1]}/{op}", source.split("/", 1)[1]
 
 
+def show(folder: Path) -> None:
+    """Prints where the time of a step goes; a run may have been too near its end."""
+    try:
+        print(f"\n{text(folder)}", flush=True)
+    except FileNotFoundError as error:
+        print(f"\n{error}", flush=True)
+
+
 def table(folder: str | Path) -> list[Row]:
     """The operations in the newest trace of a folder, longest first."""
     folder = Path(folder)

@@ -3,9 +3,9 @@
 One compiled program takes a step of them all, on the same rows. Their arrays have one
 more axis in front, which is spread over the mesh's `member` axis where there is one.
 Some of them are computed at once, by `jax.vmap`; passes follow one another, in place.
-A GPU fills up with small SAEs at once. On a CPU one at a time is
-two to four times as fast for sparse codes (8 SAEs of (1024, 128, 2048): a step by vmap
-takes as long as 35 to 8 steps of one SAE), since then they stay in the cache.
+On a GPU small SAEs at once fill it. On a CPU one after the other is two to four times
+as fast where codes are sparse, since what belongs to one then stays in the cache (8 of
+(1024, 128, 2048): `--experiment=bench_ensemble`).
 """
 
 import dataclasses
