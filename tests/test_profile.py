@@ -66,7 +66,7 @@ def test_a_trace_shows_the_operations_of_the_steps_and_what_they_are(traced):
     rows = profile.table(traced[0])
     assert sum(row.share for row in rows) == pytest.approx(1)
     assert [row.ms for row in rows] == sorted((row.ms for row in rows), reverse=True)
-    steps = [row for row in rows if row.program == "gather"]
+    steps = [row for row in rows if row.program == "step"]
     assert any("dot_general" in row.source for row in steps)
     assert sum(row.source != "" for row in steps) > len(steps) / 2
     shown = profile.text(traced[0], top=4).splitlines()
@@ -86,7 +86,7 @@ def test_as_many_steps_are_counted_as_were_traced(
     with gzip.open(path) as file:
         events = json.load(file)["traceEvents"]
     known = [e["args"] for e in events if "hlo_op" in e.get("args", {})]
-    runs = {e["run_id"] for e in known if e["hlo_module"] == "jit_gather"}
+    runs = {e["run_id"] for e in known if e["hlo_module"] == "jit_step"}
     assert len(runs) == 2 * counted
 
 
@@ -154,7 +154,7 @@ def test_an_experiment_shows_the_profile_of_its_run(tmp_path, capsys):
     experiment.run(config)
     said = capsys.readouterr().out
     assert "Traced steps: 1, of " in said  # of six, five pass before
-    assert any(row.program == "gather" for row in profile.table(tmp_path / "profile"))
+    assert any(row.program == "step" for row in profile.table(tmp_path / "profile"))
     show(tmp_path)  # as where a run goes on that has too few steps left
     assert "holds no trace of whole steps" in capsys.readouterr().out
     faults = dataclasses.replace(config, profile=-1).faults()

@@ -3,9 +3,8 @@
 One compiled program takes a step of them all, on the same rows. Their arrays have one
 more axis in front, which is spread over the mesh's `member` axis where there is one.
 Some of them are computed at once, by `jax.vmap`; passes follow one another, in place.
-On a GPU small SAEs at once fill it. On a CPU one after the other is two to four times
-as fast where codes are sparse, since what belongs to one then stays in the cache (8 of
-(1024, 128, 2048): `--experiment=bench_ensemble`).
+Small SAEs fill a GPU at once. On a CPU one after the other is a little faster for most
+rules, since what belongs to one then stays in the cache (`--experiment=bench_ensemble`).
 """
 
 import dataclasses
@@ -102,11 +101,11 @@ class Ensemble:
     def make_step(self, axis: str | None = None) -> Callable[..., Any]:
         """`(own, state, window, batch) -> (state, window)` of all; see `gathered`."""
 
-        def one(own: Own, state: Any, window: Any, batch: Any) -> Any:
-            step = self.recipe.make_step(self.sae, own=own, axis=axis, jit=False)
-            return gathered(step)(state, window, batch)
+        def step(own: Own, state: Any, window: Any, batch: Any) -> Any:
+            plain = self.recipe.make_step(self.sae, own=own, axis=axis, jit=False)
+            return gathered(plain)(state, window, batch)
 
-        return one if not self.lead else self._of_all(one)
+        return step if not self.lead else self._of_all(step)
 
     def _of_all(self, one: Callable[..., Any]) -> Callable[..., Any]:
         at_once, n_passes = self.at_once, len(self.saes) // self.at_once
