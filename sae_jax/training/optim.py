@@ -1,6 +1,6 @@
 """The optimiser chain, and the unit-norm constraint on decoder rows."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,34 +60,30 @@ def adam(
     return optax.chain(*chain, optax.adam(lr, b1=b1, b2=b2, eps=eps))
 
 
-def unit_rows(params: Params, wanted: Array | bool = True) -> Params:
-    """Decoder rows divided by their norms, if `wanted`; a row of zeros stays one.
+def unit_rows(params: Params) -> Params:
+    """Decoder rows divided by their norms; a row of zeros stays one.
 
     Some rows at a time, in place: all at once, XLA takes another matrix's memory and
     three times as long.
     """
 
-    def normalise(rows: Array, start: Array | int, n: int, wanted: Any) -> Array:
+    def normalise(rows: Array, start: Array | int, n: int) -> Array:
         piece = jax.lax.dynamic_slice_in_dim(rows, start, n)
         norm = jnp.linalg.norm(piece, axis=1, keepdims=True)
-        piece = piece / jnp.where(wanted & (norm > 0), norm, 1)
+        piece = piece / jnp.where(norm > 0, norm, 1)
         return jax.lax.dynamic_update_slice_in_dim(rows, piece, start, 0)
 
-    def part(W_dec: Array, wanted: Array | bool) -> Array:
+    def part(W_dec: Array) -> Array:
         n = W_dec.shape[0]
         at_once = min(ROWS_AT_ONCE, n)
         W_dec = jax.lax.fori_loop(
-            0,
-            n // at_once,
-            lambda i, w: normalise(w, i * at_once, at_once, wanted),
-            W_dec,
+            0, n // at_once, lambda i, w: normalise(w, i * at_once, at_once), W_dec
         )
         if n % at_once:
-            W_dec = normalise(W_dec, n - n % at_once, n % at_once, wanted)
+            W_dec = normalise(W_dec, n - n % at_once, n % at_once)
         return W_dec
 
-    found = mesh.on_each(part, (mesh.FEATURES, mesh.WHOLE), mesh.FEATURES)
-    W_dec = found(params["W_dec"], jnp.asarray(wanted))
+    W_dec = mesh.on_each(part, mesh.FEATURES, mesh.FEATURES)(params["W_dec"])
     return {**params, "W_dec": W_dec}
 
 

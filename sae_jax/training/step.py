@@ -232,21 +232,29 @@ def make_step(
         steps_idle = jnp.where(fired, 0, state.steps_idle + one)
 
         grad_norm = optax.tree.norm(grads)
-        if decoder_norm != "free":
-            grads = project(grads, params)
-        grads = waiting(grads, grad_norm)
         finite = jnp.isfinite(seen["loss"]) & jnp.isfinite(grad_norm)
         goes_on = finite & (state.diverged < 0)
-        if decoder_norm == "before":
-            params = unit_rows(params, goes_on)
+
+        def updated(params: Params, opt_state: Any, grads: Params) -> Any:
+            if decoder_norm != "free":
+                grads = project(grads, params)
+            grads = waiting(grads, grad_norm)
+            if decoder_norm == "before":
+                params = unit_rows(params)
+            updates, opt_state = optimiser.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            if decoder_norm == "after":
+                params = unit_rows(params)
+            return params, opt_state
 
         def kept(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(goes_on, n, o), new, old)
 
-        updates, opt_state = optimiser.update(grads, state.opt_state, params)
-        params = kept(optax.apply_updates(params, updates), params)
-        if decoder_norm == "after":
-            params = unit_rows(params, goes_on)
+        # A branch: to choose between arrays, XLA would keep the old ones beside the new.
+        given = params, state.opt_state, grads
+        params, opt_state = jax.lax.cond(
+            goes_on, updated, lambda params, opt_state, _: (params, opt_state), *given
+        )
         metrics = {
             "step": state.step,
             **seen,
@@ -267,7 +275,7 @@ def make_step(
                 kept(rule_state, state.variables.state),
                 state.variables.constants,
             ),
-            opt_state=kept(opt_state, state.opt_state),
+            opt_state=opt_state,
             steps_idle=kept(steps_idle, state.steps_idle),
             control=kept(
                 knob.steer(sae, state.control, seen["l0"], turn), state.control
