@@ -185,7 +185,7 @@ class Config(ModelConfig, TextConfig):
             parts = [bound.rule.name, f"{bound.rule.knob}{bound.hp[bound.rule.knob]:g}"]
             parts += [w.site] * (len({v.site for v in wanted}) > 1)
             parts += [f"seed{w.seed}"] * (len({v.seed for v in wanted}) > 1)
-            parts += [f"lr{w.lr:g}"] * (w.lr is not None)
+            parts += [] if w.lr is None else [f"lr{w.lr:g}"]
             name = "-".join(parts)
             if name in members:  # specs that differ in another argument
                 name = f"{name}-{len(members)}"
