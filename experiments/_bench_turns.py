@@ -97,8 +97,8 @@ def started(stack: ExitStack, module: str, tasks: Sequence[Any]) -> list[Worker]
             pool.submit(Worker, sys.executable, command, task, {}) for task in tasks
         ]
     for one in coming:
-        if one.exception() is None:  # the others are raised once these will be ended
-            stack.enter_context(one.result())
+        if one.exception() is None:
+            stack.enter_context(one.result())  # so it ends also if another has failed
     return [one.result() for one in coming]
 
 
