@@ -15,7 +15,7 @@ help:
 	@echo "make test       lint, types, import layers, whole test suite"
 	@echo "make test-slow  the tests that train for more than seconds"
 	@echo "make parity DIR=folder  replay recorded runs of the Top-AFA authors' code"
-	@echo "make bench      speed of steps, of training and of reading, beside others; an hour"
+	@echo "make bench      speed of steps, of training and of reading, beside others; over an hour"
 	@echo "make bench-lm   speed of reading activations, beside TransformerLens and PyTorch"
 	@echo "make lock       renew requirements.lock from what is installed"
 
@@ -78,6 +78,7 @@ bench: install $(SAELENS)/.installed $(SPARSIFY)/.installed $(PEERS)/.installed
 	$(BIN)/python launch.py --experiment=bench_train
 	$(BIN)/python launch.py --experiment=bench_lm
 	$(BIN)/python launch.py --experiment=bench_growth
+	$(BIN)/python launch.py --experiment=bench_ensemble
 
 DIR ?= tests/golden
 parity: install

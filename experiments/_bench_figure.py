@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from experiments._bench_timing import OURS
+from experiments._bench_timing import OURS, where
 from sae_jax.report import drawing
 
 LABELS = {
@@ -31,11 +31,10 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axes.set_title(f"B={B:,}  D={D:,}  F={F:,}", fontsize=9)
     machine, versions = report["machine"], report["versions"]
     libraries = ", ".join(f"{name} {versions[name]}" for name in sorted(versions))
-    device = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
     figure.suptitle(
         f"Training step over the encoder's product alone, "
         f"{report['settings']['dtype']}, log scale; lower is better\n"
-        f"{device}, {machine['threads']} threads, {machine['date']}\n{libraries}",
+        f"{where(machine)}\n{libraries}",
         fontsize=9,
     )
     there = {OURS} | {row["peer"] for row in report["rows"]}

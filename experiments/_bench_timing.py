@@ -125,12 +125,18 @@ def in_rows(columns: Mapping[str, Any], timed: Timed) -> list[dict[str, Any]]:
     return rows
 
 
+def where(machine: Mapping[str, Any]) -> str:
+    """In words, what it ran on and when; see `bench.machine`."""
+    device = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+    return f"{device}, {machine['threads']} threads, {machine['date']}"
+
+
 def milliseconds(seconds: float) -> float:
     """To a hundredth."""
     return round(seconds * 1e3, 2)
 
 
-def line(row: Mapping[str, Any]) -> str:
+def line(row: Mapping[str, Any], columns: Mapping[str, str] = COLUMNS) -> str:
     """A row of the printed table."""
     shown = {n: "-" if v is None else str(v) for n, v in row.items()}
-    return " ".join(f"{shown[name]:{form}}" for name, form in COLUMNS.items())
+    return " ".join(f"{shown[name]:{form}}" for name, form in columns.items())

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from experiments._bench_timing import FLOOR
+from experiments._bench_timing import FLOOR, where
 from sae_jax.report import drawing
 
 AXES = {
@@ -124,13 +124,11 @@ def growth_figure(report: Mapping[str, Any], middle: Mapping[str, int]) -> Figur
         panel(axes, axis, points, middle)
         axes.set_ylim(low / 1.3, high * 1.3)
     panels[0].set_ylabel("time, ms")
-    device = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
     others = ", ".join(f"{name}={value:,}" for name, value in middle.items())
     figure.suptitle(
         f"Training step against one size, log scales, with slope ± standard error\n"
         f"elsewhere {others}, D={points[0]['D']:,}; bars from least to most\n"
-        f"{device}, {machine['threads']} threads, jax {report['versions']['jax']}, "
-        f"{machine['date']}",
+        f"{where(machine)}, jax {report['versions']['jax']}",
         fontsize=9,
     )
     return figure

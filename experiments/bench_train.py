@@ -18,7 +18,6 @@ seconds_max: of a round; ratio_to_ours: their seconds over ours, median within r
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 
+from experiments._bench_steps import Steps
 from experiments._bench_workers import Worker
 from sae_jax import SAE, checks
 from sae_jax.activations import Harvester, OnTheFly
@@ -145,28 +145,12 @@ def ours(config: Config) -> Callable[[], float]:
     """
     site = f"resid_pre.{config.layer}"
     stream = open_stream(config, site)
-    batches = stream.batches()
     sae = SAE(config.width, config.n_features, f"topk(k={config.k})")
     recipe = Recipe(steps=10**9, lr=3e-4)
-    groups = grouped({OURS: Member(sae, site)}, recipe)
-    rows = next(batches)
-    held = groups.fresh(rows)
-    steps = groups.compile(held, rows)
-    held = groups.step(steps, held, rows, restart=False)
+    steps = Steps(grouped({OURS: Member(sae, site)}, recipe), stream.batches())
     per_round = config.buffer // config.batch
-    for _ in range(per_round - 1):
-        held = groups.step(steps, held, next(batches), restart=False)
-    jax.block_until_ready(held)
-
-    def once() -> float:
-        nonlocal held
-        began = time.perf_counter()
-        for _ in range(per_round):
-            held = groups.step(steps, held, next(batches), restart=False)
-        jax.block_until_ready(held)
-        return time.perf_counter() - began
-
-    return once
+    steps(per_round)
+    return lambda: steps(per_round)
 
 
 def open_stream(config: Config, site: str) -> OnTheFly:

@@ -238,7 +238,7 @@ def test_all_faults_of_a_command_are_one_list(tmp_path):
             ["--experiment=harvst", "--help"],
             2,
             "--experiment: Unknown experiment 'harvst'. Did you mean 'harvest'? Known: "
-            "audit, bench, bench_growth, bench_lm, bench_train, ",
+            "audit, bench, bench_ensemble, bench_growth, bench_lm, bench_train, ",
         ),
         ([], 2, "--experiment is one of"),
         (["--experiment=harvest", "--lm=./no"], 2, "--lm: lm='./no' is not a folder"),

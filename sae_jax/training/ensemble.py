@@ -4,7 +4,7 @@ One compiled program takes a step of them all, on the same rows. Their arrays ha
 more axis in front, which is spread over the mesh's `member` axis where there is one.
 Some of them are computed at once, by `jax.vmap`; passes follow one another, in place.
 Small SAEs fill a GPU at once. On a CPU one after the other is a little faster for most
-rules, since what belongs to one then stays in the cache (`--experiment=bench_ensemble`).
+rules: what belongs to one then stays in the cache (`--experiment=bench_ensemble`).
 """
 
 import dataclasses

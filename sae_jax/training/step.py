@@ -250,7 +250,7 @@ def make_step(
         def kept(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(goes_on, n, o), new, old)
 
-        # A branch: to choose between arrays, XLA would keep the old ones beside the new.
+        # A branch: to choose between arrays, XLA would keep the old beside the new.
         given = params, state.opt_state, grads
         params, opt_state = jax.lax.cond(
             goes_on, updated, lambda params, opt_state, _: (params, opt_state), *given
