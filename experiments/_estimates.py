@@ -1,18 +1,15 @@
 """What a dry run says of the size of a training run; not an experiment."""
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 
 from sae_jax.model import SAE
 
-if TYPE_CHECKING:
-    from experiments._training import Config
 
-
-def estimates(config: "Config") -> dict[str, str]:
-    """Numbers of parameters and tokens, memory, disk."""
+def estimates(config: Any) -> dict[str, str]:
+    """Numbers of parameters and tokens, memory, disk, for settings of training."""
     lm = config.outline() or config.open_lm()
     widths = {site: lm.width(site) for site in config.read_sites()}
     members = config.members(widths)

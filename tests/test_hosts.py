@@ -110,6 +110,33 @@ def test_who_finds_no_others_does_not_go_on_alone():
     assert "alone" not in said.splitlines()
 
 
+def test_slurm_says_who_is_who():
+    """Its variables, as they are on one host with two tasks."""
+    code = (
+        "from sae_jax.run import hosts; hosts.join(); import jax; print(*{}, sep='/')"
+    )
+    code = code.format("(jax.process_index(), jax.process_count())")
+    tasks = []
+    for i in range(2):
+        slurm = {
+            "SLURM_JOB_ID": f"{os.getpid()}",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": f"{i}",
+            "SLURM_LOCALID": f"{i}",
+        }
+        tasks.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                env={**os.environ, "PYTHONPATH": str(ROOT), **slurm},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [task.communicate(timeout=120)[0].split()[-1] for task in tasks]
+    assert said == ["0/2", "1/2"]
+
+
 @pytest.mark.parametrize(
     ("place", "error"),
     [

@@ -74,25 +74,27 @@ def frontier_figure(rows: Lines) -> Figure:
     """NMSE (log) and loss recovered against L0 (log): what sparsity costs.
 
     A point is the mean over the seeds of one setting, its bars go from the least to the
-    largest. A line joins the settings of one rule, site and dictionary size.
+    largest. A line joins the settings of one rule, site, dictionary size and learning
+    rate.
     """
     figure, panels = drawing.new_figure(1, 2)
-    same_line = ("rule", "site", "n_features")
+    same_line = ("rule", "site", "n_features", "lr")
     lines = drawing.grouped(rows, *same_line)
     few = len(drawing.grouped(rows, *same_line, "spec", "knob")) <= MOST_KNOBS
     rules = list(dict.fromkeys(rule for rule, *_ in lines))
-    places = list(dict.fromkeys((site, size) for _, site, size in lines))
+    places = list(dict.fromkeys(tuple(place) for _, *place in lines))
     handles = []
-    for (rule, site, size), members in lines.items():
-        i, j = rules.index(rule), places.index((site, size))
+    for (rule, *place), members in lines.items():
+        i, j = rules.index(rule), places.index(tuple(place))
         style: dict[str, Any] = {
             "color": COLOURS[i % len(COLOURS)],
             "marker": MARKERS[i % len(MARKERS)],
             "linestyle": DASHES[j % len(DASHES)],
         }
         label = [rule]
-        label += [site] if len({s for s, _ in places}) > 1 else []
-        label += [f"F = {size:,}"] if len({n for _, n in places}) > 1 else []
+        for k, form in enumerate(("{}", "F = {:,}", "learning rate {:g}")):
+            if place[k] is not None and len({other[k] for other in places}) > 1:
+                label.append(form.format(place[k]))
         handles.append(Line2D([], [], label=", ".join(map(str, label)), **style))
         for axes, score in zip(panels, ("nmse", "loss_recovered"), strict=True):
             draw_settings(axes, members, score, style, knobs=few)
