@@ -43,8 +43,7 @@ flags.DEFINE_string(
 flags.DEFINE_boolean(
     "distributed",
     False,
-    "this is one of several processes that train together, on a TPU pod, under SLURM, "
-    "MPI, or as the next three say",
+    "one of several processes: on a TPU pod, under SLURM, or as said by",
     OWN,
 )
 flags.DEFINE_string("coordinator", "", "HOST:PORT of the first process", OWN)

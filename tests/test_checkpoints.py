@@ -16,6 +16,12 @@ import pytest
 
 from sae_jax.run.checkpoints import Checkpoints, checksums
 
+# Where Orbax cannot read one array, it drops its readings of the others half done,
+# which Python remarks on when it clears them away, be it in the test after.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
 
 class Named(NamedTuple):
     """A named tuple, as optimisers and members have them."""
@@ -79,7 +85,7 @@ def restored(folder: Any, like: Any = LIKE) -> tuple[Any, list[str]]:
         return checkpoints.restore(like, said.append), said
     finally:
         checkpoints.close()
-        gc.collect()  # see `damaged`
+        gc.collect()  # see `pytestmark`
 
 
 def test_all_kinds_of_arrays_come_back_to_the_bit(two):
@@ -144,11 +150,6 @@ def test_donation_right_after_save_changes_nothing(tmp_path):
     checkpoints.close()
 
 
-# Where Orbax cannot read one array, it drops its readings of the others half done,
-# which Python remarks on when it clears them away.
-damaged = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
 def files(folder: Any) -> list[str]:
     """All files of the newest checkpoint that hold something."""
     return sorted(
@@ -172,7 +173,6 @@ def delete(path: Any, rng: random.Random) -> None:
     path.unlink()
 
 
-@damaged
 @pytest.mark.parametrize(
     ("damage", "times"),
     [(flip, 3), (truncate, 1), (delete, 1)],
@@ -197,7 +197,6 @@ def test_damage_is_found_or_does_no_harm(two, tmp_path, damage, times):
     assert found_out >= 3 * times
 
 
-@damaged
 def test_damage_is_told_and_what_is_newer_makes_room(two, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(two, folder)
@@ -247,7 +246,6 @@ def test_swapped_words_change_the_checksum():
         assert checksums(x) != checksums(other)
 
 
-@damaged
 def test_a_state_of_another_shape_is_refused(two, tmp_path):
     shutil.copytree(two, tmp_path / "copy")
     wider = {**LIKE, "nan": jax.ShapeDtypeStruct((4,), jnp.float32)}
@@ -260,7 +258,6 @@ def test_a_state_of_another_shape_is_refused(two, tmp_path):
     assert restored(tmp_path / "copy")[0].step == 5, "nothing was removed"
 
 
-@damaged
 def test_what_a_killed_save_leaves_is_ignored(two, tmp_path):
     folder = tmp_path / "killed"
     shutil.copytree(two, folder)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -146,7 +147,11 @@ def test_slurm_says_who_is_who():
         (("", 0, -1), "finds no TPU pod, SLURM or MPI in the environment"),
     ],
 )
-def test_a_place_that_cannot_be_is_refused(place, error):
+def test_a_place_that_cannot_be_is_refused(place, error, monkeypatch):
+    def finds_nothing(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", finds_nothing)
     with pytest.raises(ValueError, match=error):
         hosts.join(*place)
 

@@ -105,6 +105,12 @@ def test_a_manual_goes_section_by_section():
         "  --dry_run: show what would be run, and stop\n"
         "  --compile_cache: folder for compiled programs (~/.cache/sae_jax/xla); "
         "empty: none\n"
+        "  --distributed: one of several processes: on a TPU pod, under SLURM, or as "
+        "said by\n"
+        "  --coordinator: HOST:PORT of the first process\n"
+        "  --processes: how many there are\n"
+        "  --process: which one this is, from 0 on\n"
+        "  --local_processes: start so many on this machine, and watch over them\n"
         "  --help: this text"
     )
 
