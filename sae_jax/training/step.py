@@ -235,10 +235,19 @@ def make_step(
         finite = jnp.isfinite(seen["loss"]) & jnp.isfinite(grad_norm)
         goes_on = finite & (state.diverged < 0)
 
-        def updated(params: Params, opt_state: Any, grads: Params) -> Any:
+        def along_free(grads: Params) -> Params:
             if decoder_norm != "free":
                 grads = project(grads, params)
-            grads = waiting(grads, grad_norm)
+            return waiting(grads, grad_norm)
+
+        # A branch: to choose between arrays, XLA would keep the old beside the new. On
+        # a mesh it copies sums over devices that enter one, but not what was made of
+        # them; on one device it is the other way round.
+        before = mesh.spread()
+        given = params, state.opt_state, along_free(grads) if before else grads
+
+        def updated(params: Params, opt_state: Any, grads: Params) -> Any:
+            grads = grads if before else along_free(grads)
             if decoder_norm == "before":
                 params = unit_rows(params)
             updates, opt_state = optimiser.update(grads, opt_state, params)
@@ -250,8 +259,6 @@ def make_step(
         def kept(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(goes_on, n, o), new, old)
 
-        # A branch: to choose between arrays, XLA would keep the old beside the new.
-        given = params, state.opt_state, grads
         params, opt_state = jax.lax.cond(
             goes_on, updated, lambda params, opt_state, _: (params, opt_state), *given
         )
