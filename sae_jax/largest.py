@@ -18,9 +18,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from sae_jax import mesh
 from sae_jax.mesh import CODES, DATA, FEATURE, ROWS
+from sae_jax.piecewise import by_rows
 
 BLOCK = 16
 GROUP = 64  # lanes that are searched at once; 16 and 64 take 2 to 3 ms of a step
+SLOTS_AT_ONCE = 4096  # for all at once, two arrays of SLOTS x GROUP were the peak
 
 
 def wide(scores: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -202,6 +204,10 @@ def _compacted(mask: Bool[Array, " M"], n: int) -> Int[Array, " n"]:
     group = jnp.minimum(group, groups.shape[0] - 1)
     rank = slot - (until - held)[group]
     upper = jnp.triu(jnp.ones((GROUP, GROUP), jnp.float32))
-    before = groups[group].astype(jnp.float32) @ upper  # a running count, exact
-    lane = (before < (rank + 1)[:, None]).sum(1)
+
+    def lanes(group: Array, rank: Array) -> Array:
+        before = groups[group].astype(jnp.float32) @ upper  # a running count, exact
+        return (before < (rank + 1)[:, None]).sum(1)
+
+    lane = by_rows(lanes, SLOTS_AT_ONCE, group, rank)
     return jnp.minimum(group * GROUP + lane, mask.shape[0] - 1)

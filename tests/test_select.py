@@ -197,6 +197,19 @@ def test_batch_takes_the_largest_of_all_with_ties_to_the_lower_index(
                 np.testing.assert_array_equal(found, expected)
 
 
+def test_slots_filled_piece_by_piece_are_those_of_all(monkeypatch):
+    """And nothing in the compiled program has the lanes of all slots."""
+    scores = jax.random.normal(jax.random.key(0), (20, 256))
+    monkeypatch.setattr(largest, "SLOTS_AT_ONCE", 7)  # which leaves a rest
+    find = jax.jit(partial(largest.of_all, count=100, count_max=100))
+    compiled = find.lower(scores).compile()
+    places = np.sort(np.argsort(-np.ravel(scores))[:100])
+    np.testing.assert_array_equal(compiled(scores), np.unravel_index(places, (20, 256)))
+    text = compiled.as_text()
+    assert f"[100,{largest.GROUP}]" not in text
+    assert f"f32[7,{largest.GROUP}]" in text
+
+
 @pytest.mark.parametrize("shape", [(9, 4096), (9, 4100)])
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_largest_of_each_row_by_way_of_blocks(name, shape):
