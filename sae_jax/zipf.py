@@ -50,10 +50,15 @@ def firings_update(
 def underused(
     state: State, *, alpha: float = 1.0, q: float = 0.0, underused_below: float = 0.1
 ) -> Bool[Array, " F"]:
-    """Features that fire less than `underused_below` of what Zipf's law expects."""
+    """Features that fire less than `underused_below` of what Zipf's law expects.
+
+    It expects the mean of all features at most: where features fire alike, the first
+    of them are far below the law, and as useful as any.
+    """
     firings = state["firings"]
-    law = jnp.asarray(shares(len(firings), alpha, q), firings.dtype)
-    return firings < underused_below * firings.sum() * law[ranks(firings)]
+    law = np.minimum(shares(len(firings), alpha, q), 1 / len(firings))
+    expected = firings.sum() * jnp.asarray(law, firings.dtype)[ranks(firings)]
+    return firings < underused_below * expected
 
 
 def budgets(

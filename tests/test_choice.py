@@ -140,8 +140,8 @@ def test_underused_features_are_those_of_the_oracle():
         assert found.tolist() == zipf_oracles.underused(firings.tolist(), hp)
         assert found[::9].all()
         assert not found.all()
-    nothing_yet = {"firings": jnp.zeros(F)}
-    assert not zipf.underused(nothing_yet).any()
+    for alike in (0.0, 3.0):
+        assert not zipf.underused({"firings": jnp.full(F, alike)}).any()
 
 
 # What the auxiliary loss revives

@@ -54,5 +54,6 @@ def running_counts(batches: Sequence[Array], decay: float) -> list[float]:
 def underused(firings: Sequence[float], hp: Hp) -> list[bool]:
     law, found = shares(len(firings), hp), [False] * len(firings)
     for share, i in zip(law, by_rank(firings), strict=True):
-        found[i] = firings[i] < hp["underused_below"] * share * sum(firings)
+        expected = min(share * sum(firings), sum(firings) / len(firings))
+        found[i] = firings[i] < hp["underused_below"] * expected
     return found

@@ -11,9 +11,9 @@ by rounding and because each feature gets a row at least: with F > k * B it is a
 F, so k does not bound the mean L0.
 
 Ranks are by `firings`, which follows how often features do fire; since that is what the
-budgets say, ranks last, except of features that are not positive on m_i rows. A feature
-has the rank with which `mutual_choice` left it if training starts from there, as the
-paper trains (`sae_jax.train(start=...)`); ranks of a fresh SAE are by index.
+budgets say, ranks last, except of features that are not positive on m_i rows. Training
+that starts from an SAE of `mutual_choice` (`sae_jax.train(start=...)`) starts with the
+ranks that features have there ("progressive"). Ranks of a fresh SAE are by index.
 
 For single rows codes are `pre` above a threshold of each feature: the running mean of
 its smallest kept value, as in `over_batch`.

@@ -8,8 +8,8 @@ running threshold for single rows.
 What is different is that the rule follows how often each feature fires, and that the
 auxiliary loss for dead features (AuxK) also takes in underused ones ("aux_zipf"): with
 n_i the running count of feature i and n*_i what Zipf's law of the counts expects at its
-rank (`zipf`), those with `n_i < n*_i / 10`. `feature_choice` can go on from here with
-the budgets that these counts suggest.
+rank, or their mean if that is less (`zipf`), those with `n_i < n*_i / 10`. Training can
+go on as `feature_choice`, with the budgets that these counts suggest.
 
 Differs: only the paper's opening could be read, where neither the formula of the
 auxiliary loss stands nor the constants of the law. Underused as above (0: dead ones
