@@ -71,6 +71,11 @@ def strengths(codes: Codes) -> Float[Array, "B _"]:
     return to_dense(codes) if isinstance(codes, Pairs) else entries(codes)
 
 
+def n_rows(codes: Codes) -> int:
+    """Of how many rows these are the codes."""
+    return codes.n_rows if isinstance(codes, Pairs) else len(entries(codes))
+
+
 def l0(codes: Codes) -> Int[Array, " B"]:
     """Number of active features per row."""
     if isinstance(codes, Pairs):
@@ -110,6 +115,22 @@ def counts(codes: Codes, mask: Bool[Array, " B"]) -> Int[Array, " F"]:
         active = ((codes.values != 0) & mask[codes.rows]).astype(jnp.int32)
         return jnp.zeros(codes.n_features, jnp.int32).at[codes.features].add(active)
     return ((codes != 0) & mask[:, None]).astype(jnp.int32).sum(0)
+
+
+def smallest(codes: Codes) -> Float[Array, ""]:
+    """The smallest positive value; infinite where there is none."""
+    values = entries(codes)
+    return jnp.where(values > 0, values, jnp.inf).min()
+
+
+def smallest_of_each(codes: Codes) -> Float[Array, " F"]:
+    """The smallest positive value of each feature; infinite where there is none."""
+    values = entries(codes)
+    values = jnp.where(values > 0, values, jnp.inf)
+    if not isinstance(codes, Sparse | Pairs):
+        return values.min(0)
+    none = jnp.full(codes.n_features, jnp.inf, values.dtype)
+    return none.at[as_pairs(codes).features].min(values.reshape(-1))
 
 
 def astype(codes: Codes, dtype: Any) -> Codes:

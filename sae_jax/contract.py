@@ -172,6 +172,9 @@ class Rule:
       centres: whether the encoder sees `x - b_dec`.
       aux_k: whether its literature trains it with an auxiliary dead-feature loss;
         the default of training.
+      underused: `(state, **hyperparameters) -> bool [F]`, features that this loss
+        revives besides the dead ones, seen from the state before a step; None where
+        there are none such, which costs nothing.
     """
 
     name: str
@@ -193,6 +196,7 @@ class Rule:
     reads_b_enc: bool = True
     centres: bool = True
     aux_k: bool = True
+    underused: Callable[..., Bool[Array, " F"]] | None = None
 
     def __post_init__(self) -> None:
         known = self.hyperparameters()
@@ -206,7 +210,10 @@ class Rule:
     def hyperparameters(self) -> dict[str, tuple[Any, Any]]:
         """Type and default of each hyperparameter, by name."""
         found: dict[str, tuple[Any, Any]] = {}
-        functions = (self.encode, self.init, self.weights, self.reconstructions)
+        functions = (
+            *(self.encode, self.init, self.weights, self.reconstructions),
+            *([] if self.underused is None else [self.underused]),
+        )
         for function in functions:
             hints = typing.get_type_hints(function)
             for parameter in keywords(function):

@@ -48,7 +48,8 @@ def train(
       batch: rows per step, of arrays.
       seed: decides start, order of the rows, and whatever else is random.
       start: an SAE to start from. Under another rule, what that rule learns besides
-        the four arrays starts fresh.
+        the four arrays starts fresh, and of its memory what the rule before has not,
+        by name and shape.
       **options: further fields of `SAE` (`treatment`, `b_dec_start`, `centre`,
         `encoder_bias`, `dtype`), and the last arguments of `train_many` (`folder`,
         `every`, `evaluate`, `progress`).
@@ -154,7 +155,11 @@ def as_stream(activations: Any, batch: int, seed: int) -> Stream:
 
 
 def warm(sae: SAE, start: TrainedSAE, seed: int) -> Variables:
-    """The arrays to start with: all of `start`, or the four under another rule."""
+    """The arrays to start with: all of `start`, or what another rule has use for.
+
+    Those are the four arrays, and memory of the same name and shape: what features did
+    so far is as true under the new rule.
+    """
     checks.raise_all(
         f"start was made with {name}={getattr(start.sae, name)!r}, not "
         f"{getattr(sae, name)!r}; leave the {name} as it was."
@@ -167,7 +172,12 @@ def warm(sae: SAE, start: TrainedSAE, seed: int) -> Variables:
         params, state = sae.bound.call(
             sae.bound.rule.init, jax.random.key(seed), four._asdict()
         )
-        variables = Variables(params, state, variables.constants)
+        known = {
+            name: value
+            for name, value in variables.state.items()
+            if name in state and value.shape == state[name].shape
+        }
+        variables = Variables(params, {**state, **known}, variables.constants)
     needed = sae.shapes()
     return jax.tree.map_with_path(_as_needed, needed, variables)
 

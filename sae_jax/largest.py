@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from sae_jax import mesh
 from sae_jax.mesh import CODES, DATA, FEATURE, ROWS
-from sae_jax.piecewise import by_rows
+from sae_jax.piecewise import by_columns, by_rows
 
 BLOCK = 16
+COLUMNS = 128  # at a time; their numbers stay in the cache from pass to pass
 GROUP = 64  # lanes that are searched at once; 16 and 64 take 2 to 3 ms of a step
 SLOTS_AT_ONCE = 4096  # for all at once, two arrays of SLOTS x GROUP were the peak
 
@@ -133,20 +134,34 @@ def mask_of_each(
     scores: Float[Array, "B F"], counts: Array, along: str
 ) -> Bool[Array, "B F"]:
     """The `counts` largest of each row, or of each column (along "data"), likewise."""
-    columns = along == DATA
+    axis = 0 if along == DATA else 1
+
+    def least_of(bits: Array, counts: Array) -> Array:
+        def enough(reached: Array) -> Array:
+            return mesh.total(reached, along) >= counts
+
+        return _bisected(bits, enough, counts.shape, axis=axis)
 
     def part(scores: Array, counts: Array) -> Array:
-        bits = _ordered(scores.T if columns else scores)
-        least = _bisected(
-            bits, lambda above: mesh.total(above, along) >= counts, counts.shape
-        )
-        above, level = bits > least[:, None], bits == least[:, None]
-        room = counts - mesh.total(above.sum(1), along)
-        room = room - mesh.before(level.sum(1), along)
-        found = above | (level & (jnp.cumsum(level, axis=1) <= room[:, None]))
-        return found.T if columns else found
+        bits = _ordered(scores)
+        at_once = COLUMNS if along == DATA and not mesh.inside(along) else bits.size
+        least = jnp.expand_dims(by_columns(least_of, at_once, bits, counts), axis)
+        above, level = bits > least, bits == least
+        room = counts - mesh.total(_count(above, axis), along)
+        n_level = _count(level, axis)
+        room = room - mesh.before(n_level, along)
 
-    of_counts = mesh.FEATURES if columns else ROWS
+        def some(_: None) -> Array:
+            rank = jnp.cumsum(level, axis=axis)
+            return above | (level & (rank <= jnp.expand_dims(room, axis)))
+
+        def all_or_none(_: None) -> Array:
+            return above | (level & jnp.expand_dims(room > 0, axis))
+
+        partly = (room > 0) & (room < n_level)
+        return jax.lax.cond(mesh.for_any(partly.any()), some, all_or_none, None)
+
+    of_counts = mesh.FEATURES if along == DATA else ROWS
     return mesh.on_each(part, (CODES, of_counts), CODES)(wide(scores), counts)
 
 
@@ -169,7 +184,7 @@ def _places(bits: UInt[Array, "R C"], count: Array | float, n: int) -> Int[Array
 
     partly = room < level.sum()
     mask = jax.lax.cond(partly, some, lambda _: above | level, None)
-    return _compacted(mask.reshape(-1), n)
+    return compacted(mask.reshape(-1), n)
 
 
 def _kth(bits: UInt[Array, "R C"], count: Array | float) -> UInt[Array, ""]:
@@ -178,26 +193,32 @@ def _kth(bits: UInt[Array, "R C"], count: Array | float) -> UInt[Array, ""]:
 
 
 def _bisected(
-    bits: UInt[Array, "R C"], enough: Callable, shape: tuple[int, ...]
+    bits: UInt[Array, "R C"], enough: Callable, shape: tuple[int, ...], axis: int = 1
 ) -> UInt[Array, "..."]:
-    """The largest v such that `enough(numbers >= v in each row)`, found bit by bit."""
+    """The largest v such that `enough(numbers >= v in each row)`, found bit by bit.
+
+    One v for all, or of a `shape`, one for each row, or column (axis 0).
+    """
     n_bits = 8 * bits.dtype.itemsize
 
     def halve(i: Array, found: Array) -> Array:
         one = jnp.ones((), bits.dtype)
         trial = found | (one << (n_bits - 1 - i).astype(bits.dtype))
-        reached = bits >= (trial[:, None] if shape else trial)
-        # Sums of floats are fast, of booleans eight times slower; exact in a row.
-        per_row = jnp.where(reached, 1.0, 0.0).sum(1).astype(jnp.int32)
-        return jnp.where(enough(per_row), trial, found)
+        reached = bits >= (jnp.expand_dims(trial, axis) if shape else trial)
+        return jnp.where(enough(_count(reached, axis)), trial, found)
 
     return jax.lax.fori_loop(0, n_bits, halve, jnp.zeros(shape, bits.dtype))
 
 
-def _compacted(mask: Bool[Array, " M"], n: int) -> Int[Array, " n"]:
+def _count(mask: Bool[Array, "R C"], axis: int) -> Int[Array, "..."]:
+    """How many are true. A sum of floats is eight times as fast, and exact here."""
+    return jnp.where(mask, 1.0, 0.0).sum(axis).astype(jnp.int32)
+
+
+def compacted(mask: Bool[Array, " M"], n: int) -> Int[Array, " n"]:
     """The first n positions where the mask is true; anything once there are no more."""
     groups = jnp.pad(mask, (0, -mask.shape[0] % GROUP)).reshape(-1, GROUP)
-    held = groups.sum(1)
+    held = _count(groups, 1)
     until = jnp.cumsum(held)
     slot = jnp.arange(n)
     group = jnp.searchsorted(until, slot, side="right")

@@ -47,8 +47,9 @@ class AuxK:
 
     With e = target - x_hat and e_hat the decoding of the k strongest dead features of
     each row: `coef * mean((e_hat - e)**2)`, divided by the variance of e where
-    `normalise`. Gao et al. 2024, arXiv:2406.04093, normalise; the BatchTopK and
-    Top-AFA authors' code does not, which keeps the term on the scale of the mean-MSE.
+    `normalise`. Features that the rule calls underused count as dead here. Gao et al.
+    2024, arXiv:2406.04093, normalise; the BatchTopK and Top-AFA authors' code does
+    not, which keeps the term on the scale of the mean-MSE.
 
     Differs: e is a constant here (`detach`), as in Gao et al. and unlike the Top-AFA
     authors' code, where the live features also feel this loss.

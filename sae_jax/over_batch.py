@@ -2,14 +2,15 @@
 
 In training the budget is spread over the rows of the batch. Afterwards a running
 threshold, the smallest value that the batch selection tends to keep, stands in for it,
-so that a row's codes do not depend on its neighbours.
+so that a row's codes do not depend on its neighbours. There is one for all features, or
+one for each.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from sae_jax import codes, select
 from sae_jax.contract import Encoded, Inputs, Params, State
@@ -44,34 +45,45 @@ def encode(
     """
     if not train:
         return Encoded(threshold_codes(inputs, state), state, {})
-    scores = inputs.pre
-    n_valid: Array | int = scores.shape[0]
-    if inputs.mask is not None:
-        scores = jnp.where(inputs.mask[:, None], scores, -jnp.inf)
-        n_valid = inputs.mask.sum()
+    scores, n_valid = valid_scores(inputs)
     least = jnp.minimum(n_valid, 1)
     count = jnp.maximum(jnp.floor(_whole(k * n_valid)), least)
     count_max = max(int(_whole(k_max * scores.shape[0])), 1)
     chosen = select.batch(scores, count, count_max=count_max)
     active = select.keep(inputs.encoder, chosen)
-    return Encoded(active, threshold_update(state, active, threshold_decay), {})
+    return Encoded(
+        active, threshold_update(state, codes.smallest(active), threshold_decay), {}
+    )
 
 
-def threshold_init(key: Array, params: Params) -> tuple[Params, State]:
-    """A threshold that has seen nothing, which lets every positive value through."""
-    zero = jnp.zeros((), params["b_enc"].dtype)
+def valid_scores(inputs: Inputs) -> tuple[Float[Array, "B F"], Array | int]:
+    """The pre-activations, below all others in rows that are masked; valid rows."""
+    if inputs.mask is None:
+        return inputs.pre, inputs.pre.shape[0]
+    scores = jnp.where(inputs.mask[:, None], inputs.pre, -jnp.inf)
+    return scores, inputs.mask.sum()
+
+
+def threshold_init(
+    key: Array, params: Params, *, of_each: bool = False
+) -> tuple[Params, State]:
+    """A threshold that has seen nothing, which lets every positive value through.
+
+    One for all features, or `of_each`.
+    """
+    zero = jnp.zeros_like(params["b_enc"] if of_each else params["b_enc"][0])
     return params, {"threshold_sum": zero, "threshold_weight": zero}
 
 
-def threshold_update(state: State, active: codes.Codes, decay: float) -> State:
+def threshold_update(state: State, smallest: Float[Array, "*F"], decay: float) -> State:
     """Averages the smallest positive code of each batch over recent batches.
 
     Exponential moving average with decay `decay`, divided by the weight that it has
-    gathered so far, so that early values are not biased towards the start at 0.
+    gathered so far, so that early values are not biased towards the start at 0. A batch
+    without a positive code, where the smallest is infinite, leaves it alone.
     """
     dtype = state["threshold_sum"].dtype
-    values = jax.lax.stop_gradient(codes.entries(active)).astype(dtype)
-    smallest = jnp.where(values > 0, values, jnp.inf).min()
+    smallest = jax.lax.stop_gradient(smallest).astype(dtype)
     seen = jnp.isfinite(smallest)
     total = decay * state["threshold_sum"] + (1 - decay) * jnp.where(seen, smallest, 0)
     weight = decay * state["threshold_weight"] + (1 - decay)
@@ -83,6 +95,11 @@ def threshold_update(state: State, active: codes.Codes, decay: float) -> State:
 
 def threshold_codes(inputs: Inputs, state: State) -> codes.Codes:
     """`pre` where it exceeds the running threshold: each row on its own."""
+    above = inputs.pre > threshold(state)
+    return jnp.where(above, jax.nn.relu(inputs.pre), 0)
+
+
+def threshold(state: State) -> Float[Array, "*F"]:
+    """The running threshold; 0 before it has seen anything."""
     weight = state["threshold_weight"]
-    threshold = state["threshold_sum"] / jnp.where(weight > 0, weight, 1)
-    return jnp.where(inputs.pre > threshold, jax.nn.relu(inputs.pre), 0)
+    return state["threshold_sum"] / jnp.where(weight > 0, weight, 1)

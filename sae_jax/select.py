@@ -169,15 +169,20 @@ def batch(
 
 def columns(
     scores: Float[Array, "B F"], counts: Array | float, *, count_max: int
-) -> Bool[Array, "B F"]:
-    """The `counts` largest scores of each column; one count for all, or `[F]`."""
+) -> Bool[Array, "B F"] | Entries:
+    """The `counts` largest scores of each column; one whole number for all, or `[F]`.
+
+    `count_max` is the ceiling of their sum.
+    """
     n_rows, n_features = scores.shape
-    counts = jnp.broadcast_to(jnp.asarray(counts), n_features)
-    counts = jnp.minimum(counts, min(count_max, n_rows))
-    if mesh.spread():
-        return largest.mask_of_each(scores, counts, DATA)
-    _, indices = largest.of_part(largest.wide(scores).T, min(count_max, n_rows))
-    return _mask(indices, jnp.arange(indices.shape[1]) < counts[:, None], n_rows).T
+    counts = jnp.minimum(jnp.broadcast_to(counts, n_features), n_rows)
+    mask = largest.mask_of_each(scores, counts, DATA)
+    count_max = min(count_max, scores.size)
+    if mesh.spread() or count_max >= SPARSE_BELOW * scores.size:
+        return mask
+    places = largest.compacted(mask.reshape(-1), count_max)
+    kept = jnp.arange(count_max) < counts.sum()
+    return Entries(places // n_features, places % n_features, kept)
 
 
 def norm_cut(

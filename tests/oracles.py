@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tests import zipf_oracles
+
 Array = np.ndarray
 Params = dict[str, np.ndarray]
 Hp = dict[str, Any]
@@ -106,6 +108,12 @@ def gated(x: Array, params: Params, hp: Hp) -> Array:
     return np.where(shared + params["b_enc"] > 0, magnitude, 0)
 
 
+def feature_choice(x: Array, params: Params, hp: Hp) -> Array:
+    """Of a fresh SAE, whose features have never fired."""
+    pre = preactivations(x, params)
+    return zipf_oracles.feature_choice(pre, hp, [0.0] * pre.shape[1])
+
+
 CODES: dict[str, Callable[[Array, Params, Hp], Array]] = {
     "relu": relu,
     "topk": topk,
@@ -114,6 +122,8 @@ CODES: dict[str, Callable[[Array, Params, Hp], Array]] = {
     "jump_relu": jump_relu,
     "gated": gated,
     "matryoshka": batch_topk,
+    "mutual_choice": batch_topk,
+    "feature_choice": feature_choice,
 }
 
 
@@ -153,6 +163,8 @@ LOSSES: dict[str, Callable[[Array, Params, Hp, Array], Terms]] = {
     "jump_relu": jump_relu_terms,
     "gated": gated_terms,
     "matryoshka": lambda *_: {},
+    "mutual_choice": lambda *_: {},
+    "feature_choice": lambda *_: {},
 }
 
 

@@ -304,9 +304,7 @@ def test_the_same_rule_keeps_its_memory(start):
     assert equal(TrainedSAE(sae, taken), before)
 
 
-@pytest.mark.parametrize(
-    "rule", ["gated", "matryoshka(k=4)", "jump_relu", "toy_tired", "toy_tied"]
-)
+@pytest.mark.parametrize("rule", ["gated", "jump_relu", "toy_tired", "toy_tied"])
 def test_another_rule_takes_the_four_arrays_alone(rule, start):
     before = start["batch_topk(k=4)"]
     sae = SAE(16, 32, rule=rule)
@@ -324,13 +322,26 @@ def test_another_rule_takes_the_four_arrays_alone(rule, start):
     assert one.sae == sae
 
 
-def test_memory_of_the_same_name_is_not_taken_over(start):
-    """Both rules keep a `threshold_sum`, of thresholds that differ."""
-    before = start["batch_topk(k=4)"]
-    sae = SAE(16, 32, rule="matryoshka(k=4)")
-    shared = before.variables.state.keys() & sae.init(jax.random.key(0)).state.keys()
-    assert shared
-    assert all(not warm(sae, before, 0).state[name].any() for name in shared)
+@pytest.mark.parametrize(
+    ("first", "then", "kept"),
+    [
+        # The same codes in training, so the same threshold after it.
+        ("batch_topk(k=4)", "matryoshka(k=4)", {"threshold_sum", "threshold_weight"}),
+        # From one threshold to one for each feature.
+        ("mutual_choice(k=4)", "feature_choice(k=4)", {"firings"}),
+        ("feature_choice(k=4)", "mutual_choice(k=4)", {"firings"}),
+        ("mutual_choice(k=4)", "batch_topk", {"threshold_sum", "threshold_weight"}),
+    ],
+)
+def test_memory_of_the_same_name_and_shape_is_taken_over(first, then, kept, start):
+    before = start[first] if first in start else fit(rule=first)
+    sae = SAE(16, 32, rule=then)
+    taken, fresh = warm(sae, before, 0).state, sae.init(jax.random.key(0)).state
+    assert taken.keys() == fresh.keys()
+    for name, value in taken.items():
+        old = before.variables.state[name] if name in kept else fresh[name]
+        np.testing.assert_array_equal(value, old)
+        assert bool(value.any()) == (name in kept)
 
 
 def test_a_tied_encoder_is_taken_from_the_decoder():

@@ -38,6 +38,8 @@ MORE = [
     "top_afa(coef=0.3, target='input')",
     "top_afa(coef=0.3, how='exceed', target='input')",
     "matryoshka(k=2.3, prefixes=(0.25, 1.0), bias_group=True)",
+    "feature_choice(k=2.3, alpha=0.0)",
+    "feature_choice(k=9.7, alpha=0.5, q=2.0)",
 ]
 every_example = pytest.mark.parametrize("spec", EXAMPLES)
 every_spec = pytest.mark.parametrize("spec", EXAMPLES + MORE)
@@ -244,7 +246,9 @@ def test_aux_k_and_its_gradients_equal_the_oracle(spec, detach, normalise):
             close(ours, differences(c, value), DIFFERENCES)
 
 
-@pytest.mark.parametrize("spec", ["topk(k=4)", "batch_topk(k=4)", "matryoshka(k=4)"])
+@pytest.mark.parametrize(
+    "spec", ["topk(k=4)", "batch_topk(k=4)", "matryoshka(k=4)", "feature_choice(k=4)"]
+)
 @pytest.mark.parametrize("d_out", [None, 12])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_sparse_codes_change_nothing(monkeypatch, spec, d_out, normalise):
@@ -264,7 +268,7 @@ def test_sparse_codes_change_nothing(monkeypatch, spec, d_out, normalise):
     close(*results)
 
 
-@pytest.mark.parametrize("name", ["batch_topk", "matryoshka"])
+@pytest.mark.parametrize("name", ["batch_topk", "matryoshka", "mutual_choice"])
 def test_evaluation_uses_the_running_threshold_of_the_oracle(name):
     c = case(f"{name}(k=3.5, threshold_decay=0.8)", seed=8, **SMALL)
     rng = np.random.default_rng(8)

@@ -252,12 +252,17 @@ def test_selecting_from_the_encoder_never_holds_all_preactivations():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "rule", ["topk(k=32)", "topk(k=200)", "batch_topk(k=8.5)", "matryoshka", "top_afa"]
+    "rule",
+    [
+        *("topk(k=32)", "topk(k=200)", "batch_topk(k=8.5)", "matryoshka", "top_afa"),
+        *("mutual_choice(k=8.5)", "feature_choice(k=8.5)"),
+    ],
 )
 def test_no_training_step_sorts(rule, dtype):
     """In the compiled program, gradients, AuxK and schedules included.
 
-    Only lists of what was selected are sorted, of which a row has up to 80 entries.
+    Only lists of what was selected are sorted, of which a row has up to 80 entries, and
+    lists of features.
     """
     sae = SAE(32, 2048, rule=rule, dtype=dtype)
     knob = sae_jax.Knob()
@@ -287,17 +292,31 @@ def test_the_pattern_finds_the_sorts_that_top_k_can_turn_into():
     assert max(sorted_sizes(text)) >= 8 * 4096
 
 
-def test_columns_takes_the_largest_of_each_feature():
-    scores = np.random.default_rng(4).integers(0, 9, (20, 5)).astype(np.float32)
-    counts = np.array([1, 0, 7, 20, 3])
-    order = np.argsort(-scores, axis=0, kind="stable")
-    expected = np.zeros(scores.shape, bool)
-    for feature, count in enumerate(counts):
-        expected[order[:count, feature], feature] = True
-    found = select.columns(jnp.asarray(scores), jnp.asarray(counts), count_max=20)
-    np.testing.assert_array_equal(found, expected)
-    one = select.columns(jnp.asarray(scores), 2, count_max=2)
-    np.testing.assert_array_equal(one.sum(0), 2)
+@pytest.mark.parametrize("name", BATCHES)
+def test_columns_takes_the_largest_of_each_with_ties_to_the_lower_index(
+    name, monkeypatch
+):
+    """300 columns are more than are looked at together, and leave a rest."""
+    shape, rng = (11, 300), np.random.default_rng(4)
+    scores = BATCHES[name](rng, shape)
+    scores = jnp.asarray(scores, None if name == "bfloat16" else jnp.float32)
+    order = np.argsort(-np.asarray(scores, np.float64), axis=0, kind="stable")
+    each = rng.integers(0, shape[0] + 1, shape[1])
+    for counts in (each, shape[0] + 3):
+        expected = np.zeros(shape, bool)
+        for column, count in enumerate(np.broadcast_to(counts, shape[1])):
+            expected[order[:count, column], column] = True
+        for below in (0, 2.0):
+            monkeypatch.setattr(select, "SPARSE_BELOW", below)
+            ceiling = int(expected.sum()) + 3
+            found = select.columns(scores, jnp.asarray(counts), count_max=ceiling)
+            if below:
+                kept = np.asarray(found.keep)
+                places = np.asarray(found.rows)[kept], np.asarray(found.features)[kept]
+                assert (np.diff(np.ravel_multi_index(places, shape)) > 0).all()
+                found = np.zeros(shape, bool)
+                found[places] = True
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("below", [0, 1.0])

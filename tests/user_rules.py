@@ -74,47 +74,22 @@ def toy_tired_init(key, params):
     return params, {"rate": jnp.zeros_like(params["b_enc"])}
 
 
+def toy_tired_rare(state, *, rare: float = 0.02):
+    """Underused: features that the auxiliary loss takes besides dead ones."""
+    return state["rate"] < rare
+
+
 register(
     toy(
         "toy_tired",
         decides="a bias that grows with how often a feature fires",
         encode=toy_tired,
         init=toy_tired_init,
+        underused=toy_tired_rare,
+        aux_k=True,
         example={"cost": 0.5},
         knob="cost",
         knob_raises_l0=False,
-    )
-)
-
-
-def toy_best_rows(inputs, params, state, *, train: bool, share: float | Array = 0.25):
-    """Batch coupling: each feature stays on in its best rows; later, above a bar."""
-    pre = jax.nn.relu(inputs.pre)
-    if not train:
-        return Encoded(jnp.where(pre > state["bar"], pre, 0), state, {})
-    valid = jnp.ones(len(pre), bool) if inputs.mask is None else inputs.mask
-    scores = jax.lax.stop_gradient(jnp.where(valid[:, None], pre, 0))
-    count = jnp.ceil(share * valid.sum())
-    chosen = select.columns(scores, count, count_max=len(pre)) & (scores > 0)
-    active = jnp.where(chosen, pre, 0)
-    least = jnp.where(chosen, scores, jnp.inf).min(0)
-    bar = jnp.where(jnp.isfinite(least), least, state["bar"])
-    return Encoded(active, {"bar": bar}, {})
-
-
-def toy_best_rows_init(key, params):
-    return params, {"bar": jnp.zeros_like(params["b_enc"])}
-
-
-register(
-    toy(
-        "toy_best_rows",
-        decides="the best rows of each feature; later a bar per feature",
-        encode=toy_best_rows,
-        init=toy_best_rows_init,
-        example={"share": 0.25},
-        knob="share",
-        couples_batch=True,
     )
 )
 

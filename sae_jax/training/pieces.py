@@ -88,6 +88,11 @@ def summed(axis: str | None, seen: Any, grads: Any, carried: Any, each: Any) -> 
     return (seen, carried, stacked, shares), grads
 
 
+def anywhere(found: Array, axis: str | None) -> Array:
+    """Whether it is so on any device of an axis."""
+    return found if axis is None else jax.lax.pmax(found, axis)
+
+
 def cut(batch: Any, n: int, axis: str | None) -> tuple[Any, Float[Array, " n"]]:
     """The pieces of a batch, stacked, and the share of the valid rows in each."""
     pieces = jax.tree.map(

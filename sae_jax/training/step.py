@@ -19,7 +19,7 @@ from sae_jax.model import SAE
 from sae_jax.training import pieces
 from sae_jax.training.knob import CONSTANT, Knob, Turn
 from sae_jax.training.optim import DecoderNorm, project, unit_rows, waiting
-from sae_jax.training.terms import dead, errors, loss_terms, nmse
+from sae_jax.training.terms import dead, errors, loss_terms, nmse, revived, underused
 from sae_jax.variables import Variables
 
 
@@ -138,7 +138,8 @@ def make_step(
     Args:
       sae: what is trained.
       optimiser: an optax chain, such as `optim.adam(3e-4)`.
-      aux: auxiliary loss for dead features; "default": on if the rule's record says so.
+      aux: auxiliary loss for dead features, and for those that the rule calls
+        underused; "default": on if the rule's record says so.
       decoder_norm: when decoder rows return to norm 1. "after" the optimiser's step;
         "before" it, the order of the Top-AFA authors' code, which leaves rows off by
         one step, for replication; "free": never, and gradients are not projected.
@@ -178,10 +179,14 @@ def make_step(
         mask = batch.get("mask")
         one = jnp.int32(1)
         if mask is not None:
-            one = anywhere(mask.any(), axis).astype(jnp.int32)
+            one = pieces.anywhere(mask.any(), axis).astype(jnp.int32)
+
+        weak = None
+        if aux is not None:
+            weak = underused(sae.bound, state.variables.state, turned)
 
         def piece_loss(
-            params: Params, carried: Any, rows: Batch, i: Array, *, some_dead: bool
+            params: Params, carried: Any, rows: Batch, i: Array, *, some_weak: bool
         ) -> Any:
             rule_state, fired = carried
             mask = rows.get("mask")
@@ -197,20 +202,19 @@ def make_step(
                 train=True,
                 knob=turned,
             )
-            fired |= anywhere(codes.fired(out.codes, mask), axis)
+            fired |= pieces.anywhere(codes.fired(out.codes, mask), axis)
             steps_idle = jnp.where(fired, 0, state.steps_idle + one)
-            terms = loss_terms(
-                out, mask, steps_idle if some_dead else None, aux, dtypes=loss_dtypes
-            )
+            idle = steps_idle if some_weak else None
+            terms = loss_terms(out, mask, idle, aux, underused=weak, dtypes=loss_dtypes)
             seen = {f"loss_{name}": value for name, value in terms.items()}
             seen["l0"] = losses.mean_rows(codes.l0(out.codes).astype(jnp.float32), mask)
             carried = out.state, fired
             return sum(terms.values()), (carried, seen, errors(out, mask))
 
-        def gradients(params: Params, some_dead: bool = True) -> Any:
+        def gradients(params: Params, some_weak: bool = True) -> Any:
             fired = jnp.zeros(sae.n_features, bool)
             return pieces.value_and_gradients(
-                functools.partial(piece_loss, some_dead=some_dead),
+                functools.partial(piece_loss, some_weak=some_weak),
                 accumulate,
                 axis,
                 params,
@@ -222,12 +226,12 @@ def make_step(
         if aux is None:
             found = gradients(params)
         else:
-            # Decided outside the gradient: inside it, the branch without dead features
+            # Decided outside the gradient: inside it, the branch without such features
             # would still add zeros to each gradient.
-            some_dead = (state.steps_idle + one >= aux.dead_after).any()
-            some_dead = mesh.for_any(some_dead)
-            alive = functools.partial(gradients, some_dead=False)
-            found = jax.lax.cond(some_dead, gradients, alive, params)
+            some_weak = revived(state.steps_idle + one, weak, aux).any()
+            some_weak = mesh.for_any(some_weak)
+            alive = functools.partial(gradients, some_weak=False)
+            found = jax.lax.cond(some_weak, gradients, alive, params)
         (seen, (rule_state, fired), of_pieces, shares), grads = found
         steps_idle = jnp.where(fired, 0, state.steps_idle + one)
 
@@ -293,8 +297,3 @@ def make_step(
         return mesh.constrained(state, sae.n_features), metrics
 
     return jax.jit(step, donate_argnums=0) if jit else step
-
-
-def anywhere(found: Array, axis: str | None) -> Array:
-    """Whether it is so on any device of an axis."""
-    return found if axis is None else jax.lax.pmax(found, axis)

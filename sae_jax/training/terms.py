@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 from sae_jax import checks, losses
 from sae_jax.architecture import DType
+from sae_jax.binding import BoundRule
+from sae_jax.contract import State
 from sae_jax.losses import AuxK
 from sae_jax.variables import Forward
 
@@ -19,17 +21,33 @@ def dead(steps_idle: Array, aux: AuxK | None) -> Array:
     return steps_idle >= (AuxK() if aux is None else aux).dead_after
 
 
+def underused(bound: BoundRule, state: State, knob: Array | None) -> Array | None:
+    """Which features the rule calls underused; None where it has no such features."""
+    rule = bound.rule
+    if rule.underused is None:
+        return None
+    turned = {} if knob is None else {rule.knob: knob}
+    return bound.call(rule.underused, state, **turned)
+
+
+def revived(steps_idle: Array, underused: Array | None, aux: AuxK) -> Array:
+    """Which features the auxiliary loss takes: dead ones, and underused if given."""
+    found = dead(steps_idle, aux)
+    return found if underused is None else found | underused
+
+
 def loss_terms(
     out: Forward,
     mask: Array | None,
     steps_idle: Array | None,
     aux: AuxK | None,
     *,
+    underused: Array | None = None,
     dtypes: Mapping[str, DType] = MappingProxyType({}),
 ) -> dict[str, Array]:
     """The terms whose sum is the loss, each with its coefficient in it.
 
-    `steps_idle` None says that no feature can be dead.
+    `steps_idle` None says that no feature can be dead, nor any underused.
     """
     assert out.target is not None  # training has one, or forward would have said so
     known = {"mse", "aux", *out.penalties}
@@ -50,8 +68,8 @@ def loss_terms(
         residual = cast("aux", out.target) - cast("aux", out.x_hats[-1])
         terms["aux"] = jnp.zeros((), residual.dtype)
         if steps_idle is not None:
-            idle, W_dec = dead(steps_idle, aux), out.weights.W_dec
-            terms["aux"] = losses.aux_k(aux, out.encoder, idle, W_dec, residual, mask)
+            weak, W_dec = revived(steps_idle, underused, aux), out.weights.W_dec
+            terms["aux"] = losses.aux_k(aux, out.encoder, weak, W_dec, residual, mask)
     return terms
 
 

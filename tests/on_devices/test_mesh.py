@@ -198,9 +198,9 @@ def cut(how):
 
 SELECTIONS = {
     "rows": (lambda s, n: select.rows(s, n, count_max=40), (1, 5, 40)),
-    "columns": (lambda s, n: select.columns(s, n, count_max=40), (1, 5, 40)),
+    "columns": (lambda s, n: select.columns(s, n, count_max=s.size), (1, 5, 40)),
     "each its own": (
-        lambda s, n: select.columns(s, n * jnp.arange(64) % 7, count_max=10),
+        lambda s, n: select.columns(s, n * jnp.arange(64) % 7, count_max=s.size),
         (1, 3),
     ),
     "batch": (
