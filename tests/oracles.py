@@ -106,6 +106,24 @@ def gated(x: Array, params: Params, hp: Hp) -> Array:
     return np.where(shared + params["b_enc"] > 0, magnitude, 0)
 
 
+def matching_pursuit(x: Array, params: Params, hp: Hp) -> Array:
+    atoms, lengths = params["W_dec"], row_norms(params["W_dec"])
+    codes = np.zeros((len(x), len(atoms)))
+    for b, row in enumerate(x - params["b_dec"]):
+        left = row
+        for _ in range(math.ceil(hp["k"])):
+            along = np.array([sum(atom * left) for atom in atoms]) / lengths
+            j = largest(along, 1)[0]
+            if along[j] <= 1e-14 * math.sqrt(sum(row**2)):  # rounding errors
+                break
+            again = codes[b, j] != 0
+            codes[b, j] += along[j] / lengths[j]
+            left = left - along[j] / lengths[j] * atoms[j]
+            if math.sqrt(sum(left**2)) < hp["tau"] or (hp["until_repeat"] and again):
+                break
+    return codes
+
+
 CODES: dict[str, Callable[[Array, Params, Hp], Array]] = {
     "relu": relu,
     "topk": topk,
@@ -114,6 +132,7 @@ CODES: dict[str, Callable[[Array, Params, Hp], Array]] = {
     "jump_relu": jump_relu,
     "gated": gated,
     "matryoshka": batch_topk,
+    "matching_pursuit": matching_pursuit,
 }
 
 
@@ -153,6 +172,7 @@ LOSSES: dict[str, Callable[[Array, Params, Hp, Array], Terms]] = {
     "jump_relu": jump_relu_terms,
     "gated": gated_terms,
     "matryoshka": lambda *_: {},
+    "matching_pursuit": lambda *_: {},
 }
 
 
