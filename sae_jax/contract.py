@@ -167,6 +167,8 @@ class Rule:
       budget: the hyperparameter that bounds the mean number of active features.
       needs: what it cannot do without: "key" (random numbers in training), "grad_x"
         (gradients of the model's loss in training), "autoencoder" (not a transcoder).
+      iterative: it encodes by one product after another, as many as its budget says;
+        most take one.
       couples_batch: in training, a row's codes depend on other rows.
       signed: codes may be negative.
       reads_b_enc: whether pre-activations include the encoder bias.
@@ -190,6 +192,7 @@ class Rule:
     faults: Callable[..., Iterable[str]] = no_faults
     budget: str | None = None
     needs: frozenset[Need] = frozenset()
+    iterative: bool = False
     couples_batch: bool = False
     signed: bool = False
     reads_b_enc: bool = True

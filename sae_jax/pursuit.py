@@ -201,8 +201,8 @@ def merged(path: Path, n_features: int) -> codes.Sparse:
     """
     n_rows, k = path.picks.shape
     rows, slots = jnp.arange(n_rows)[:, None], jnp.arange(k)
-    values = jnp.zeros_like(path.coefficients).at[rows, path.first].add(
-        path.coefficients
+    values = (
+        jnp.zeros_like(path.coefficients).at[rows, path.first].add(path.coefficients)
     )
     used = (path.picks >= 0) & (path.first == slots)
     low = jnp.where(used, jnp.minimum(path.picks, k), k)  # of the first k features

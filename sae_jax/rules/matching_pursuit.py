@@ -102,6 +102,7 @@ register(
         budget="k",
         faults=budget_faults,
         needs=frozenset({"autoencoder"}),
+        iterative=True,
         reads_b_enc=False,
         aux_k=False,
     )
