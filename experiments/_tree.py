@@ -18,7 +18,7 @@ MEAN_L0 = 1 + PARENTS * P_PARENT * CHILDREN * P_CHILD
 
 
 class Tree(NamedTuple):
-    """Rows `[B, 20]`, unit directions `[20, 20]`, and codes with x = codes @ directions.
+    """Rows `[B, 20]`, unit directions `[20, 20]`, codes: x = codes @ directions.
 
     Features 0 to 2 are the parents, 3 to 10 stand alone, then come the children, those
     of the first parent first.

@@ -8,7 +8,7 @@ Each step multiplies all rows with the whole dictionary, and keeps of it one num
 one place a row: products exist for some rows of one step at a time. Gradients flow
 through coefficients and atoms, not through the choice. They are written by hand: going
 back through the steps, each residual is found again from the one after it, so that
-nothing [K, B, D] is kept either, and the gradient of the dictionary is a sum over picks.
+nothing [K, B, D] is kept either. The gradient of the dictionary is a sum over picks.
 """
 
 from functools import partial
