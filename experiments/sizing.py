@@ -77,7 +77,12 @@ class Config:
             yield f"batch={self.batch} is not accumulate={self.accumulate} even pieces"
         try:
             for rule in self.rules:
-                SAE(1, max(self.features, default=1), rule)
+                sae = SAE(1, max(self.features, default=1), rule)
+                if sae.bound.rule.iterative:
+                    yield (
+                        f"rules: {rule} multiplies by the encoder many times in a "
+                        f"step; these formulas count one"
+                    )
         except ValueError as error:
             yield f"rules: {error}"
         if not (self.rules and self.chips):

@@ -162,10 +162,13 @@ class Rule:
       reconstructions: the reconstructions that are scored; nested ones override it.
       fold: the same codes without the "scale" treatment, by other parameters; None
         where there are none such (a tied dictionary must keep its norm).
+      lengths: hyperparameters in units of treated inputs; folding scales them too.
       faults: sentences on what is wrong with these hyperparameters at this width.
       budget: the hyperparameter that bounds the mean number of active features.
       needs: what it cannot do without: "key" (random numbers in training), "grad_x"
         (gradients of the model's loss in training), "autoencoder" (not a transcoder).
+      iterative: it encodes by one product after another, as many as its budget says;
+        most take one.
       couples_batch: in training, a row's codes depend on other rows.
       signed: codes may be negative.
       reads_b_enc: whether pre-activations include the encoder bias.
@@ -188,9 +191,11 @@ class Rule:
     weights: Callable[..., Weights] = plain_weights
     reconstructions: Callable[..., Reconstructions] = plain_reconstructions
     fold: Callable[[Params, Array, Array], Params] | None = plain_fold
+    lengths: tuple[str, ...] = ()
     faults: Callable[..., Iterable[str]] = no_faults
     budget: str | None = None
     needs: frozenset[Need] = frozenset()
+    iterative: bool = False
     couples_batch: bool = False
     signed: bool = False
     reads_b_enc: bool = True
@@ -200,7 +205,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         known = self.hyperparameters()
-        named = {self.knob, *self.example, self.budget or self.knob}
+        named = {self.knob, *self.example, self.budget or self.knob, *self.lengths}
         named |= {parameter.name for parameter in keywords(self.faults)}
         checks.raise_all(
             f"Rule {self.name}: {checks.unknown('hyperparameter', name, known)}"

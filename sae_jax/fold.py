@@ -19,5 +19,9 @@ def fold_scale(sae: SAE, variables: Variables) -> tuple[SAE, Variables]:
         raise ValueError(f"{rule.name} cannot do without its scale (see its record).")
     constants = variables.constants["scale_in"], variables.constants["scale_out"]
     params = rule.fold(variables.params, *constants)
-    plain = dataclasses.replace(sae, treatment="none")
+    values = {n: float(sae.bound.hp[n] / constants[0]) for n in rule.lengths}
+    bound = dataclasses.replace(
+        sae.bound, values=tuple({**sae.bound.hp, **values}.items())
+    )
+    plain = dataclasses.replace(sae, rule=bound, treatment="none")
     return plain, Variables(params, variables.state, {})

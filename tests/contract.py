@@ -115,11 +115,9 @@ def budget_holds_with_ties(bound):
     limit = bound.hp[bound.rule.budget] + 1e-6
     sae, variables = build(bound)
     tied = dict(variables.params)
-    if "W_enc" in tied:  # every feature three times, so that scores come in triples
-        thrice = jnp.arange(F) // 3
-        tied["W_enc"] = tied["W_enc"][thrice]
-        tied["W_dec"] = tied["W_dec"][thrice]
-        tied["b_enc"] = tied["b_enc"][thrice]
+    thrice = jnp.arange(F) // 3  # every feature, so that scores come in triples
+    for name in {"W_enc", "b_enc", "W_dec"} & tied.keys():
+        tied[name] = tied[name][thrice]
     repeated = jnp.tile(rows()[:1], (B, 1))
     for params in (variables.params, tied):
         for x in (rows(), repeated):
@@ -133,8 +131,9 @@ def rows_without_positive_values_stay_finite(bound):
     sae, variables = build(bound)
     params = {**variables.params, "b_enc": jnp.full(F, -50.0)}
     if not bound.rule.reads_b_enc:
-        W_enc = -jnp.abs(params["W_enc"])
-        params = {**params, "W_enc": W_enc, "b_dec": jnp.full(D, -99.0)}
+        encoder = "W_enc" if "W_enc" in params else "W_dec"  # a tied dictionary
+        negative = -jnp.abs(params[encoder])
+        params = {**params, encoder: negative, "b_dec": jnp.full(D, -99.0)}
 
     def loss(params):
         out = forward(sae, variables._replace(params=params), rows(), train=True)

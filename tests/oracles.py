@@ -114,6 +114,24 @@ def feature_choice(x: Array, params: Params, hp: Hp) -> Array:
     return zipf_oracles.feature_choice(pre, hp, [0.0] * pre.shape[1])
 
 
+def matching_pursuit(x: Array, params: Params, hp: Hp) -> Array:
+    atoms, lengths = params["W_dec"], row_norms(params["W_dec"])
+    codes = np.zeros((len(x), len(atoms)))
+    for b, row in enumerate(x - params["b_dec"]):
+        left = row
+        for _ in range(math.ceil(hp["k"])):
+            along = np.array([sum(atom * left) for atom in atoms]) / lengths
+            j = largest(along, 1)[0]
+            if along[j] <= 1e-14 * math.sqrt(sum(row**2)):  # rounding errors
+                break
+            again = codes[b, j] != 0
+            codes[b, j] += along[j] / lengths[j]
+            left = left - along[j] / lengths[j] * atoms[j]
+            if math.sqrt(sum(left**2)) < hp["tau"] or (hp["until_repeat"] and again):
+                break
+    return codes
+
+
 CODES: dict[str, Callable[[Array, Params, Hp], Array]] = {
     "relu": relu,
     "topk": topk,
@@ -124,6 +142,7 @@ CODES: dict[str, Callable[[Array, Params, Hp], Array]] = {
     "matryoshka": batch_topk,
     "mutual_choice": batch_topk,
     "feature_choice": feature_choice,
+    "matching_pursuit": matching_pursuit,
 }
 
 
@@ -165,6 +184,7 @@ LOSSES: dict[str, Callable[[Array, Params, Hp, Array], Terms]] = {
     "matryoshka": lambda *_: {},
     "mutual_choice": lambda *_: {},
     "feature_choice": lambda *_: {},
+    "matching_pursuit": lambda *_: {},
 }
 
 

@@ -40,6 +40,9 @@ MORE = [
     "matryoshka(k=2.3, prefixes=(0.25, 1.0), bias_group=True)",
     "feature_choice(k=2.3, alpha=0.0)",
     "feature_choice(k=9.7, alpha=0.5, q=2.0)",
+    "matching_pursuit(k=12)",
+    "matching_pursuit(k=9, tau=1.5)",
+    "matching_pursuit(k=12, until_repeat=True)",
 ]
 every_example = pytest.mark.parametrize("spec", EXAMPLES)
 every_spec = pytest.mark.parametrize("spec", EXAMPLES + MORE)
@@ -78,15 +81,19 @@ def case(spec, seed=0, b=7, d=16, f=64, tied=False, edges=False, **options):
     if tied:  # small integers, so that sums are exact and many of them equal
         x = rng.integers(-2, 3, x.shape) * 1.0
         for n in ("W_enc", "b_enc", "b_dec"):
+            if n not in params:
+                continue
             params[n] = rng.integers(-2, 3, params[n].shape) * 1.0
         params["W_dec"] = rng.choice([-1.0, 1.0], params["W_dec"].shape)
         params["W_dec"][:, 4:] = 0  # rows of norm 2...
         params["W_dec"][::3] *= 2  # ...or 4
     if edges:
-        params["W_enc"][:, 0] = -0.5 - np.abs(params["W_enc"][:, 0])
+        encoder = params["W_enc" if "W_enc" in params else "W_dec"]
+        encoder[:, 0] = -np.maximum(np.abs(encoder[:, 0]), 0.5)
         x[0] = 90 * np.eye(d)[0]  # every pre-activation negative
         x[1] = params["b_dec"]  # nothing left after centring
-        assert (oracles.preactivations(x, params)[0] < 0).all()
+        pre = (x - params["b_dec"]) @ encoder.T + params.get("b_enc", 0)
+        assert (pre[0] < 0).all()
     return with_params(Case(sae, variables, params, x), params)
 
 

@@ -25,14 +25,14 @@ def step(rule="topk(k=8)", split=(4, 2), batch=512, **recipe):
 # Formulas
 
 
-def test_only_topk_has_sparse_codes_on_a_mesh():
+def test_only_budgets_of_a_row_have_sparse_codes_on_a_mesh():
     """Others are told apart by asking them; a rule of a user's own as well."""
     found = {
         name: form(SAE(8, 4096, bind(RULES[name], RULES[name].example))).slots
         for name in RULES
         if not name.startswith("toy_")
     }
-    assert found.pop("topk") == 4
+    assert found.pop("topk") == found.pop("matching_pursuit") == 4
     assert set(found.values()) == {0}
     assert form(SAE(8, 64, "topk(k=8)")).slots == 0, "too many of so few"
 
