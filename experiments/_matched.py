@@ -134,7 +134,7 @@ def _steps(
         rows = {"x": x}
         if reads_gradients:
             rows["grad"] = _worlds.gradients(world, key_labels, x)
-        return step(state, rows)[0]  # type: ignore[arg-type]
+        return step(state, rows)[0]
 
     return jax.lax.fori_loop(0, recipe.steps, one, state)
 

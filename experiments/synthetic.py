@@ -41,6 +41,14 @@ RESULTS = "synthetic.json"
 Row = dict[str, Any]
 
 
+class Cell(NamedTuple):
+    """One SAE that is wanted; `given` is its rule as the settings have it."""
+
+    world: str
+    given: str
+    seed: int
+
+
 @dataclass
 class Config:
     """What can be set from the command line."""
@@ -69,7 +77,7 @@ class Config:
     ] = 0.1
     tries: Annotated[
         int, "trainings with a constant knob, at most, where steering ends farther off"
-    ] = 3
+    ] = 4
     planted: Planted = Planted()
     # Knob.rate was chosen on the world `equal`: faster control overshoots more.
     train: Recipe = Recipe(
@@ -136,7 +144,7 @@ class Config:
         values["rule_files"] = [hashlib.sha256(file).hexdigest() for file in files]
         return values
 
-    def cells(self) -> "list[Cell]":
+    def cells(self) -> list[Cell]:
         """All that is to be trained; every rule and world before the second seed."""
         return [
             Cell(world, spec, seed)
@@ -158,14 +166,6 @@ class Config:
             "rows": f"{steps * self.batch:,} for each ({steps:,} steps of "
             f"{self.batch:,}), {n * steps:,} steps in all",
         }
-
-
-class Cell(NamedTuple):
-    """One SAE that is wanted; `given` is its rule as the settings have it."""
-
-    world: str
-    given: str
-    seed: int
 
 
 def run(config: Config) -> list[Row]:
