@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import _recovery, _worlds
-from experiments._worlds import Rows, World
+from experiments._worlds import World
 from sae_jax import RULES, SAE, registry, rules
 from sae_jax.binding import BoundRule, bind
 from sae_jax.codes import to_dense
@@ -87,6 +87,25 @@ def keys(seed: int) -> Keys:
     return Keys(*jax.random.split(jax.random.key(seed), 4))
 
 
+class HeldOut(NamedTuple):
+    """Rows to evaluate on, their true codes, and the gradients of the planted loss."""
+
+    x: Array
+    codes: Array
+    grad: Array
+
+
+def held_out(world: World, keys: Keys, n_rows: int) -> HeldOut:
+    """Rows that no batch has."""
+    rows = _draw(world, keys.held_out, n_rows)
+    key_labels = jax.random.fold_in(keys.held_out, 1)
+    return HeldOut(*rows, _gradients(world, key_labels, rows.x))
+
+
+_draw = jax.jit(_worlds.draw, static_argnums=2)
+_gradients = jax.jit(_worlds.gradients)
+
+
 class Trained(NamedTuple):
     """What training leaves; `knob` is where it came to stand, if it was turned."""
 
@@ -126,17 +145,21 @@ def _steps(
     state: TrainState,
 ) -> TrainState:
     step = recipe.make_step(sae, own=own, jit=False)
-    reads_gradients = "grad_x" in sae.bound.rule.needs
 
     def one(_: Any, state: TrainState) -> TrainState:
         key_rows, key_labels = jax.random.split(jax.random.fold_in(key, state.step))
         x = _worlds.draw(world, key_rows, batch).x
         rows = {"x": x}
-        if reads_gradients:
+        if reads_gradients(sae):
             rows["grad"] = _worlds.gradients(world, key_labels, x)
         return step(state, rows)[0]
 
     return jax.lax.fori_loop(0, recipe.steps, one, state)
+
+
+def reads_gradients(sae: SAE) -> bool:
+    """Whether its rule is to see gradients of the planted loss."""
+    return "grad_x" in sae.bound.rule.needs
 
 
 def next_knob(points: Sequence[tuple[float, float]], l0: float, rises: bool) -> float:
@@ -156,12 +179,13 @@ def next_knob(points: Sequence[tuple[float, float]], l0: float, rises: bool) -> 
     return math.exp(at + max(-FARTHEST, min(FARTHEST, move)))
 
 
-def scored(plan: Plan, trained: Trained, world: World, rows: Rows) -> dict[str, Any]:
+def scored(plan: Plan, trained: Trained, world: World, rows: HeldOut) -> dict[str, Any]:
     """What a row of results says of an SAE; `rows` are held out."""
     sae, bound = plan.recipe.knob.prepare(plan.sae), plan.sae.bound
     # The knob is traced: SAEs that differ in it share a compiled program.
     variables = trained.state.variables
-    out = _passed(sae, variables, rows.x, trained.knob)
+    grad = rows.grad if reads_gradients(sae) else None
+    out = _passed(sae, variables, rows.x, grad, trained.knob)
     x, codes = np.asarray(rows.x), np.asarray(rows.codes)
     x_hat, learned, W_dec = (np.asarray(array) for array in out)
     if trained.knob is not None:
@@ -180,10 +204,12 @@ def scored(plan: Plan, trained: Trained, world: World, rows: Rows) -> dict[str, 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _passed(sae: SAE, variables: Variables, x: Array, knob: Any) -> tuple[Array, ...]:
+def _passed(
+    sae: SAE, variables: Variables, x: Array, grad: Array | None, knob: Any
+) -> tuple[Array, ...]:
     """Reconstructions, codes as one array, and decoder rows."""
     turned = {} if knob is None else {sae.bound.rule.knob: knob}
-    out = sae.forward(variables, x, knob=knob)
+    out = sae.forward(variables, x, grad_x=grad, knob=knob)
     W_dec = sae.weights(variables, **turned).W_dec
     return out.undo(out.x_hats[-1]), to_dense(out.codes), W_dec
 
@@ -193,7 +219,7 @@ def best(
     world: World,
     keys: Keys,
     batch: int,
-    rows: Rows,
+    rows: HeldOut,
     tries: int,
     near: float,
 ) -> dict[str, Any]:
@@ -220,11 +246,3 @@ def best(
 def distance(scores: Mapping[str, Any]) -> float:
     """How far L0 is from that of the truth, relative to it."""
     return abs(scores["l0"] - scores["true_l0"]) / scores["true_l0"]
-
-
-def held_out(world: World, keys: Keys, n_rows: int) -> Rows:
-    """Rows that no batch has."""
-    return _draw(world, keys.held_out, n_rows)
-
-
-_draw = jax.jit(_worlds.draw, static_argnums=2)

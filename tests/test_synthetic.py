@@ -158,6 +158,20 @@ def test_whole_budgets_are_rounded_and_never_nothing():
     assert _matched.with_budget(rules.parse("batch_topk(k=2)"), 3.6).hp["k"] == 3.6
 
 
+def test_a_rule_that_reads_gradients_sees_them_on_held_out_rows_too(tmp_path):
+    config = configured(tmp_path, rules="toy_attribution,topk")
+    keys = _matched.keys(3)
+    world = _worlds.make("equal", config.planted, keys.world)
+    rows = _matched.held_out(world, keys, config.held_out)
+    for spec, reads in (("toy_attribution", True), ("topk", False)):
+        plan = config.plan(spec)
+        trained = _matched.train(plan, world, keys, config.batch)
+        scores = _matched.scored(plan, trained, world, rows)
+        given = rows._replace(grad=rows.grad[::-1])
+        again = _matched.scored(plan, trained, world, given)
+        assert (again != scores) == reads
+
+
 @pytest.mark.parametrize("power", [-2.0, -0.5, 1.5])
 def test_the_search_finds_the_knob_of_a_power_law(power):
     """From 3 to 7 features: the secant of a straight line is exact."""
