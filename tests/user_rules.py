@@ -1,4 +1,4 @@
-"""Rules as a user writes them, one for each thing that the contract can say."""
+"""Rules as a user writes them, for what no rule of the package needs, and to copy."""
 
 from functools import partial
 
@@ -60,33 +60,6 @@ register(
 )
 
 
-def toy_tired(inputs, params, state, *, train: bool, cost: float | Array = 0.5):
-    """Memory that no gradient updates: features that fire often get a lower bias."""
-    active = jax.nn.relu(inputs.pre - cost * state["rate"])
-    if train:
-        valid = jnp.ones(active.shape[0]) if inputs.mask is None else inputs.mask
-        rate = (valid[:, None] * (active > 0)).sum(0) / jnp.maximum(valid.sum(), 1)
-        state = {"rate": 0.9 * state["rate"] + 0.1 * rate}
-    return Encoded(active, state, {})
-
-
-def toy_tired_init(key, params):
-    return params, {"rate": jnp.zeros_like(params["b_enc"])}
-
-
-register(
-    toy(
-        "toy_tired",
-        decides="a bias that grows with how often a feature fires",
-        encode=toy_tired,
-        init=toy_tired_init,
-        example={"cost": 0.5},
-        knob="cost",
-        knob_raises_l0=False,
-    )
-)
-
-
 def toy_best_rows(inputs, params, state, *, train: bool, share: float | Array = 0.25):
     """Batch coupling: each feature stays on in its best rows; later, above a bar."""
     pre = jax.nn.relu(inputs.pre)
@@ -115,26 +88,6 @@ register(
         example={"share": 0.25},
         knob="share",
         couples_batch=True,
-    )
-)
-
-
-def toy_noisy(inputs, params, state, *, train: bool, sigma: float = 0.1):
-    """Randomness: noise on the pre-activations in training."""
-    pre = inputs.pre
-    if train:
-        pre = pre + sigma * jax.random.normal(inputs.key, pre.shape)
-    return Encoded(jax.nn.relu(pre - 0.1), state, {})
-
-
-register(
-    toy(
-        "toy_noisy",
-        decides="sign, under noise while training",
-        encode=toy_noisy,
-        example={"sigma": 0.01},
-        knob="sigma",
-        needs=frozenset({"key"}),
     )
 )
 
