@@ -41,13 +41,13 @@ def adapted(y: Array, bias: Array, hp: dict[str, Any]) -> Array:
 
 
 def trajectory(
-    batches: Sequence[Array], W: Array, b_dec: Array, bias: Array, hp: dict[str, Any]
+    batches: Sequence[Array], W: Array, bias: Array, hp: dict[str, Any]
 ) -> Iterator[tuple[Array, float]]:
     """Biases, and the length that they are fractions of, after each batch."""
     unit, buffer, lengths = 1.0, [], []
     for t, x in enumerate(batches, start=1):
-        buffer.append((x - b_dec) @ W.T + unit * bias)
-        lengths += [np.sqrt(row @ row) for row in x - b_dec]
+        buffer.append(x @ W.T + unit * bias)
+        lengths += [np.sqrt(row @ row) for row in x]
         if t % hp["every"] == 0:
             unit = float(np.mean(lengths))
             bias = adapted(np.concatenate(buffer) / unit, bias, hp)

@@ -109,7 +109,7 @@ def gated(x: Array, params: Params, hp: Hp) -> Array:
 
 
 def group_bias(x: Array, params: Params, hp: Hp) -> Array:
-    u = (x - params.get("sg(b_dec)", params["b_dec"])) @ params["W_dec"].T
+    u = x @ params["W_dec"].T
     pre = u + params["unit"] * params["bias"]
     return np.where(pre > 0, u if hp["form"] == "jump" else pre, 0)
 

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sae_jax import products
 from sae_jax.contract import (
     Encoded,
     Inputs,
@@ -42,14 +41,14 @@ def group_bias(
 ) -> Encoded:
     """Features whose pre-activation is positive under an adapted bias.
 
-    With unit rows w_m, `u = (x - b_dec) @ w.T` and `pre = u + unit * bias`,
+    With unit rows w_m, `u = x @ w.T` and `pre = u + unit * bias`,
     `x_hat = sum_m scale_m * w_m * codes_m + b_dec`. Codes are `u * [pre > 0]` (the runs
     on language models) or, in `form="relu"` (the theory), `relu(pre)`. Weights, scales
     and b_dec learn by the mean-MSE alone; how biases move is in `adapted`.
 
     Bias stays in [-1, 0], so inputs are to have norm 1. Here `unit`, the mean norm of
-    `x - b_dec` in the last window, stands in for that: it makes bias a fraction of it,
-    and the rule the same under any scale of the inputs.
+    rows in the last window, stands in for that: it makes bias a fraction of it, and the
+    rule the same under any scale of the inputs.
 
     Statistics are of the `every` steps since the last adaptation, not of one batch: at
     a frequency of 1e-3 a batch of 512 rows sees half an event. Of the pre-activations,
@@ -62,24 +61,22 @@ def group_bias(
     the same note; on planted data 0.5 gave dense codes. One group, all at `highest`, is
     the paper's BA.
 
-    Differs: no gradient reaches b_dec through the encoder. Else it does what biases
-    are for: on planted rows of norm 1 it grew longer than they are, and left half the
-    features dead. The published pseudo-code is said to swap minimum and maximum; this
-    is the consistent reading. `dead_below` is that of third-party code. Learning rate
-    and first biases (0 here) are not known.
+    Differs: b_dec is not taken from x unless the SAE is told to (`centre=True`), as in
+    the paper. Its gradient then does what biases are for: on planted rows of norm 1 it
+    grew longer than they are, and left half the features dead. For inputs far from 0
+    start it from their mean. The published pseudo-code is said to swap minimum and
+    maximum; this is the consistent reading. `dead_below` is that of third-party code.
+    Learning rate and first biases (0 here) are not known.
 
     Needs: an autoencoder, since the dictionary is tied; decoder rows of norm 1, as
     training keeps them unless told otherwise; in loops of one's own the step's number.
     """
-    encoder = inputs.encoder
-    b_pre = jax.lax.stop_gradient(encoder.b_pre)
-    factors = encoder.x, encoder.W_enc, encoder.b_enc, b_pre
-    pre = products.encoder_product(*factors, encoder.dtype).pre
-    value = pre - encoder.b_enc if form == "jump" else pre
+    pre = inputs.pre
+    value = pre - inputs.encoder.b_enc if form == "jump" else pre
     active = jnp.where(pre > 0, value, 0)
     if train:
         is_new = jnp.asarray(inputs.step, jnp.int32) != state["last_step"]
-        seen = observed(state, inputs, jax.lax.stop_gradient(pre), is_new)
+        seen = observed(state, inputs, is_new)
         targets = targets_of(state["group"] / max(groups - 1, 1), highest, lowest)
         turned = adapted(seen, targets, groups, lower, lift, dead_below)
         due = is_new & (seen["steps"] >= every)
@@ -87,9 +84,9 @@ def group_bias(
     return Encoded(active, state, {})
 
 
-def observed(state: State, inputs: Inputs, pre: Array, is_new: Array) -> State:
+def observed(state: State, inputs: Inputs, is_new: Array) -> State:
     """The statistics with the valid rows of this batch in them."""
-    x = jax.lax.stop_gradient(inputs.x_centred)
+    pre, x = map(jax.lax.stop_gradient, (inputs.pre, inputs.x_centred))
     valid = jnp.ones(len(pre), bool) if inputs.mask is None else inputs.mask
     on = valid[:, None] & (pre > 0)
     norms = jnp.where(valid, jnp.linalg.norm(x, axis=1), 0)
@@ -200,6 +197,7 @@ register(
         fold=None,
         faults=faults,
         needs=frozenset({"autoencoder"}),
+        centres=False,
         aux_k=False,
     )
 )
