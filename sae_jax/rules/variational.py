@@ -128,7 +128,7 @@ register(
         paper="Baker, Li et al. 2025 (arXiv:2509.22994)",
         decides="the k largest of each row by size, drawn around a mean; KL penalty",
         encode=variational,
-        example={"k": 4, "coef": 0.01},
+        example={"k": 4, "coef": 0.001},
         knob="k",
         budget="k",
         init=init,
