@@ -66,6 +66,13 @@ def entries(codes: Codes) -> Float[Array, "..."]:
     return codes.values if isinstance(codes, Sparse | Pairs) else codes
 
 
+def with_entries(codes: Codes, values: Float[Array, "..."]) -> Codes:
+    """Codes at the same places, with values in the order of `entries`."""
+    if isinstance(codes, Sparse | Pairs):
+        return dataclasses.replace(codes, values=values)
+    return values
+
+
 def strengths(codes: Codes) -> Float[Array, "B _"]:
     """All values of each row that may be non-zero, in no particular order."""
     return to_dense(codes) if isinstance(codes, Pairs) else entries(codes)
@@ -135,6 +142,4 @@ def smallest_of_each(codes: Codes) -> Float[Array, " F"]:
 
 def astype(codes: Codes, dtype: Any) -> Codes:
     """The same codes with values of another type."""
-    if isinstance(codes, Sparse | Pairs):
-        return dataclasses.replace(codes, values=codes.values.astype(dtype))
-    return codes.astype(dtype)
+    return with_entries(codes, entries(codes).astype(dtype))

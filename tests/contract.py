@@ -53,8 +53,8 @@ def build(bound: BoundRule, **options) -> tuple[SAE, Variables]:
     }
     variables = variables._replace(params=params)
     if variables.state:  # memory of some batches
-        for seed in (11, 12):
-            state = forward(sae, variables, rows(seed), train=True).state
+        for i, seed in enumerate((11, 12)):
+            state = forward(sae, variables, rows(seed), train=True, step=i).state
             variables = variables._replace(state=state)
     return sae, variables
 
@@ -130,10 +130,9 @@ def budget_holds_with_ties(bound):
 def rows_without_positive_values_stay_finite(bound):
     sae, variables = build(bound)
     params = {**variables.params, "b_enc": jnp.full(F, -50.0)}
-    if not bound.rule.reads_b_enc:
-        encoder = "W_enc" if "W_enc" in params else "W_dec"  # a tied dictionary
-        negative = -jnp.abs(params[encoder])
-        params = {**params, encoder: negative, "b_dec": jnp.full(D, -99.0)}
+    if not (bound.rule.reads_b_enc and "b_enc" in variables.params):
+        negative = {n: -jnp.abs(params[n]) for n in ("W_enc", "W_dec") if n in params}
+        params = {**params, **negative, "b_dec": jnp.full(D, -99.0)}
 
     def loss(params):
         out = forward(sae, variables._replace(params=params), rows(), train=True)
@@ -381,6 +380,7 @@ def knob_moves_sparsity_as_declared(bound):
                 batch["x"],
                 grad_x=batch["grad"],
                 key=jax.random.fold_in(KEY, i),
+                step=i,
                 train=True,
                 knob=knob,
             )

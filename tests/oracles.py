@@ -2,7 +2,8 @@
 
 Written from the formulas of the papers, in NumPy, without a line of the package.
 A transcoder, which does not centre, has `b_dec` 0 in the params that codes are asked
-for with. Finite differences know no stop-gradient: `frozen` adds copies for it.
+for with. Finite differences know no stop-gradient: `frozen` adds copies for it. What a
+rule remembers is among the params; noise that it draws is in `hp`.
 """
 
 import math
@@ -34,7 +35,8 @@ def mse(a: Array, b: Array) -> float:
 
 
 def reconstruct(codes: Array, params: Params) -> Array:
-    return codes @ params["W_dec"] + params["b_dec"]
+    scale = params.get("scale", np.ones(codes.shape[1]))  # of a tied dictionary
+    return (codes * scale) @ params["W_dec"] + params["b_dec"]
 
 
 def standardise(x: Array) -> tuple[Array, Array, Array]:
@@ -132,6 +134,31 @@ def matching_pursuit(x: Array, params: Params, hp: Hp) -> Array:
     return codes
 
 
+def group_bias(x: Array, params: Params, hp: Hp) -> Array:
+    u = x @ params["W_dec"].T
+    pre = u + params["unit"] * params["bias"]
+    return np.where(pre > 0, u if hp["form"] == "jump" else pre, 0)
+
+
+def gaussians(x: Array, params: Params, hp: Hp) -> tuple[Array, Array]:
+    """Means and logarithms of variances."""
+    mean = x @ params["W_enc"].T + params["b_enc"]
+    if hp["variance"] != "learned":
+        return mean, np.zeros_like(mean)
+    return mean, np.clip(x @ params["W_var"].T + params["b_var"], -6, 2)
+
+
+def variational(x: Array, params: Params, hp: Hp) -> Array:
+    z, log_variance = gaussians(x, params, hp)
+    if hp["variance"] != "none":
+        z = z + np.sqrt(np.exp(log_variance)) * hp["noise"]
+    codes = np.zeros_like(z)
+    for b, row in enumerate(z):
+        for j in largest(abs(row), math.ceil(hp["k"])):
+            codes[b, j] = row[j]
+    return codes
+
+
 CODES: dict[str, Callable[[Array, Params, Hp], Array]] = {
     "relu": relu,
     "topk": topk,
@@ -143,6 +170,8 @@ CODES: dict[str, Callable[[Array, Params, Hp], Array]] = {
     "mutual_choice": batch_topk,
     "feature_choice": feature_choice,
     "matching_pursuit": matching_pursuit,
+    "group_bias": group_bias,
+    "variational": variational,
 }
 
 
@@ -174,6 +203,21 @@ def gated_terms(x: Array, params: Params, hp: Hp, codes: Array) -> Terms:
     return {"l1": l1, "gate": mse(gate @ W_dec + b_dec, x)}
 
 
+def gaussian_distance(mean: float, log_variance: float) -> float:
+    """KL of a Gaussian from the standard one."""
+    return (min(abs(mean), 10) ** 2 + math.exp(log_variance) - 1 - log_variance) / 2
+
+
+def variational_terms(x: Array, params: Params, hp: Hp, codes: Array) -> Terms:
+    mean, log_variance = gaussians(x, params, hp)
+    total = sum(
+        gaussian_distance(mean[place], log_variance[place])
+        for place in np.ndindex(codes.shape)
+        if hp["over"] == "all" or codes[place] != 0
+    )
+    return {"kl": hp["coef"] * total / len(x)}
+
+
 LOSSES: dict[str, Callable[[Array, Params, Hp, Array], Terms]] = {
     "relu": relu_terms,
     "topk": lambda *_: {},
@@ -185,6 +229,8 @@ LOSSES: dict[str, Callable[[Array, Params, Hp, Array], Terms]] = {
     "mutual_choice": lambda *_: {},
     "feature_choice": lambda *_: {},
     "matching_pursuit": lambda *_: {},
+    "group_bias": lambda *_: {},
+    "variational": variational_terms,
 }
 
 

@@ -135,8 +135,8 @@ def test_dense_rules_alone_take_batches_in_pieces():
 
 def test_every_peer_is_that_of_a_rule_we_have():
     assert set(bench.PEERS) <= set(sae_jax.RULES)
-    config = configured(rules="topk,toy_noisy", sizes="8x16x256")
-    topk, _, noisy = bench.cases(config)
+    config = configured(rules="topk,toy_soft_shrink", sizes="8x16x256")
+    topk, _, toy = bench.cases(config)
     pythons = dict.fromkeys(config.peers, "python")
     assert list(bench.workers(topk, config, pythons)) == [
         OURS,
@@ -144,7 +144,7 @@ def test_every_peer_is_that_of_a_rule_we_have():
         "saelens",
         FLOOR,
     ]
-    assert list(bench.workers(noisy, config, pythons)) == [OURS, FLOOR]
+    assert list(bench.workers(toy, config, pythons)) == [OURS, FLOOR]
     alone = configured(peers="saelens")
     assert list(bench.workers(topk, alone, pythons)) == [OURS, "saelens", FLOOR]
 

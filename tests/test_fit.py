@@ -260,7 +260,7 @@ def test_options_of_train_are_those_of_the_calls_behind_it():
 # Seeds --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["batch_topk(k=4)", "toy_noisy"])
+@pytest.mark.parametrize("rule", ["batch_topk(k=4)", "variational(k=4)"])
 def test_a_seed_repeats_bit_for_bit(rule):
     one, two = fit(rule=rule, seed=5), fit(rule=rule, seed=5)
     assert equal(one, two)
@@ -304,7 +304,7 @@ def test_the_same_rule_keeps_its_memory(start):
     assert equal(TrainedSAE(sae, taken), before)
 
 
-@pytest.mark.parametrize("rule", ["gated", "jump_relu", "toy_tired", "toy_tied"])
+@pytest.mark.parametrize("rule", ["gated", "jump_relu", "group_bias", "toy_tied"])
 def test_another_rule_takes_the_four_arrays_alone(rule, start):
     before = start["batch_topk(k=4)"]
     sae = SAE(16, 32, rule=rule)
@@ -449,7 +449,9 @@ def test_several_are_what_each_is_alone():
         "twin": Member(SAE(16, 32, rule="topk(k=4)"), "a", seed=1),
         "narrow": Member(SAE(12, 48, rule="batch_topk(k=3)"), "b"),
         "across": Member(SAE(16, 32, rule="relu", d_out=12), "a", "b"),
-        "noisy": Member(SAE(12, 32, rule="toy_noisy", treatment="scale"), "b", seed=2),
+        "drawn": Member(
+            SAE(12, 32, "variational(k=3)", treatment="scale"), "b", seed=2
+        ),
     }
     together = many(members)
     assert list(together) == list(members)

@@ -22,6 +22,7 @@ EXACT = 1e-12  # relative to the largest entry: sums may be taken in another ord
 DIFFERENCES = 1e-7  # what central differences with a step of 1e-5 can resolve
 IN_FLOAT32 = 1e-6  # for what one variant of JumpReLU keeps in float32 always
 SMALL = {"b": 6, "d": 5, "f": 12}
+KEY = jax.random.key(4)  # of what rules draw
 
 # conftest registers rules of its tests as well; those of the package have a file each.
 OURS = [n for n in sae_jax.RULES if importlib.util.find_spec(f"sae_jax.rules.{n}")]
@@ -43,6 +44,10 @@ MORE = [
     "matching_pursuit(k=12)",
     "matching_pursuit(k=9, tau=1.5)",
     "matching_pursuit(k=12, until_repeat=True)",
+    "group_bias(form='relu')",
+    "variational(k=3, coef=0.3, over='kept')",
+    "variational(k=3, coef=0.3, variance='unit')",
+    "variational(k=12, coef=0.3, variance='none', over='kept')",
 ]
 every_example = pytest.mark.parametrize("spec", EXAMPLES)
 every_spec = pytest.mark.parametrize("spec", EXAMPLES + MORE)
@@ -53,18 +58,24 @@ class Case(NamedTuple):
     variables: Variables
     params: dict[str, np.ndarray]
     x: np.ndarray
+    noise: np.ndarray
+
+    @property
+    def hp(self):
+        return {**self.sae.bound.hp, "noise": self.noise}
 
     def codes(self, params=None):
         params = self.params if params is None else params
         if self.sae.is_transcoder:
             params = {**params, "b_dec": np.zeros(self.sae.d_in)}
-        bound = self.sae.bound
-        return oracles.CODES[bound.rule.name](self.x, params, bound.hp)
+        memory = {n: np.asarray(a) for n, a in self.variables.state.items()}
+        encode = oracles.CODES[self.sae.bound.rule.name]
+        return encode(self.x, {**memory, **params}, self.hp)
 
     def terms(self, params=None, target=None):
         params = self.params if params is None else params
         target = self.x if target is None else target
-        rest = (self.sae.bound.hp, self.codes(params), target)
+        rest = (self.hp, self.codes(params), target)
         return oracles.loss_terms(self.sae.bound.rule.name, self.x, params, *rest)
 
 
@@ -77,24 +88,27 @@ def case(spec, seed=0, b=7, d=16, f=64, tied=False, edges=False, **options):
     variables = sae.init(jax.random.key(seed))
     params = {n: np.array(p) for n, p in sorted(variables.params.items())}
     params = {n: p + 0.4 * rng.normal(size=p.shape) for n, p in params.items()}
+    if "bias" in variables.state:
+        memory = {"bias": -rng.random(f) / 2, "unit": np.array(1.7)}
+        memory = jax.tree.map(jnp.asarray, memory)
+        variables = variables._replace(state={**variables.state, **memory})
+    encoder = "W_enc" if "W_enc" in params else "W_dec"
     x = 1.3 * rng.normal(size=(b, d))
     if tied:  # small integers, so that sums are exact and many of them equal
         x = rng.integers(-2, 3, x.shape) * 1.0
-        for n in ("W_enc", "b_enc", "b_dec"):
-            if n not in params:
-                continue
+        for n in {"W_enc", "b_enc", "b_dec"} & params.keys():
             params[n] = rng.integers(-2, 3, params[n].shape) * 1.0
         params["W_dec"] = rng.choice([-1.0, 1.0], params["W_dec"].shape)
         params["W_dec"][:, 4:] = 0  # rows of norm 2...
         params["W_dec"][::3] *= 2  # ...or 4
     if edges:
-        encoder = params["W_enc" if "W_enc" in params else "W_dec"]
-        encoder[:, 0] = -np.maximum(np.abs(encoder[:, 0]), 0.5)
+        params[encoder][:, 0] = -0.5 - np.abs(params[encoder][:, 0])
         x[0] = 90 * np.eye(d)[0]  # every pre-activation negative
         x[1] = params["b_dec"]  # nothing left after centring
-        pre = (x - params["b_dec"]) @ encoder.T + params.get("b_enc", 0)
+        pre = (x - params["b_dec"]) @ params[encoder].T + params.get("b_enc", 0)
         assert (pre[0] < 0).all()
-    return with_params(Case(sae, variables, params, x), params)
+    noise = np.asarray(jax.random.normal(KEY, (b, f)))
+    return with_params(Case(sae, variables, params, x, noise), params)
 
 
 def with_params(c, params):
@@ -106,7 +120,7 @@ def with_params(c, params):
 def compiled(sae, aux, sparse_below, gradients):
     def loss(params, variables, x, target, mask, idle, share):
         variables = variables._replace(params=params)
-        out = sae.forward(variables, x, target=target, mask=mask, train=True)
+        out = sae.forward(variables, x, target=target, mask=mask, key=KEY, train=True)
         terms = loss_terms(out, mask, idle, aux)
         total = sum(share[int(n == "aux")] * term for n, term in terms.items())
         return total, (out, terms)
@@ -168,7 +182,7 @@ def test_masked_rows_count_for_nothing(spec):
     mask = np.array([1, 0, 1, 1, 0, 1], bool)
     c = case(spec, seed=4, **SMALL)
     out, terms, _ = measured(c, mask=mask)
-    c = c._replace(x=c.x[mask])
+    c = c._replace(x=c.x[mask], noise=c.noise[mask])
     same_codes(to_dense(out.codes)[mask], c.codes())
     close(terms, c.terms())
 
@@ -253,9 +267,11 @@ def test_aux_k_and_its_gradients_equal_the_oracle(spec, detach, normalise):
             close(ours, differences(c, value), DIFFERENCES)
 
 
-@pytest.mark.parametrize(
-    "spec", ["topk(k=4)", "batch_topk(k=4)", "matryoshka(k=4)", "feature_choice(k=4)"]
-)
+SPARSE = ["topk(k=4)", "batch_topk(k=4)", "matryoshka(k=4)", "feature_choice(k=4)"]
+SPARSE += ["variational(k=4, coef=0.3, over='kept')"]
+
+
+@pytest.mark.parametrize("spec", SPARSE)
 @pytest.mark.parametrize("d_out", [None, 12])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_sparse_codes_change_nothing(monkeypatch, spec, d_out, normalise):
@@ -306,7 +322,7 @@ def test_standardised_rows_go_in_and_come_out_as_in_the_oracle(spec):
     c = c._replace(x=treated)
     same_codes(out.codes, c.codes())
     close(terms, c.terms())
-    codes = c.codes()
+    codes = c._replace(noise=0 * c.noise).codes()  # in evaluation none is drawn
     if c.sae.bound.rule.couples_batch:  # before any training: all that is positive
         codes = oracles.threshold_codes(treated, c.params, 0.0)
     x_hat, ours = jax.jit(c.sae.apply)(c.variables, raw)

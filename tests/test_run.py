@@ -36,8 +36,8 @@ RECIPE = Recipe(steps=STEPS, lr=1e-2, warmup=2, decay="cosine")
 EVERY = Every(log=3, evaluate=4, save=2)
 MEMBERS = {
     "threshold": Member(SAE(8, 16, "batch_topk(k=2)", treatment="scale"), "a", seed=1),
-    "gated": Member(SAE(8, 12, "gated(coef=0.02)"), "a", seed=2),
-    "noisy": Member(SAE(8, 12, "toy_noisy(sigma=0.3)"), "a", seed=3),
+    "adapted": Member(SAE(8, 12, "group_bias(groups=3, every=3)"), "a", seed=2),
+    "drawn": Member(SAE(8, 12, "variational(k=2, warmup=4)"), "a", seed=3),
     "across": Member(SAE(8, 16, "topk(k=2)", d_out=6), "a", target="b", seed=4),
 }
 
@@ -365,7 +365,7 @@ class Poisoned(InMemory):
 def test_the_first_bad_step_is_named_and_never_saved(
     tmp_path, every, window, good, lines
 ):
-    members = {name: MEMBERS[name] for name in ("threshold", "gated")}
+    members = {name: MEMBERS[name] for name in ("threshold", "adapted")}
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     stop = Stop()
     loop = Loop(

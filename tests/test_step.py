@@ -15,7 +15,9 @@ from sae_jax import (
     SAE,
     AuxK,
     Knob,
+    Rule,
     adam,
+    from_pre,
     init_state,
     learning_rate,
     make_step,
@@ -226,6 +228,13 @@ def test_control_does_not_wind_up_past_what_can_be_reached():
     assert state.control <= 2
 
 
+def shifted(pre, *, by: float = 0.1):
+    return jax.nn.relu(pre - by)
+
+
+UNTRACED = Rule("shifted", "", "", encode=from_pre(shifted), example={}, knob="by")
+
+
 def test_knobs_that_cannot_move_are_refused():
     with pytest.raises(ValueError, match="depends on the data"):
         make_step(SAE(16, 64, rule="top_afa"), adam(1e-3), knob=Knob(target_l0=8.0))
@@ -234,7 +243,7 @@ def test_knobs_that_cannot_move_are_refused():
             SAE(16, 64, rule="relu(coef=0)"), adam(1e-3), knob=Knob(target_l0=8.0)
         )
     with pytest.raises(ValueError, match="may not be traced; if the rule can bear"):
-        make_step(SAE(16, 64, rule="toy_noisy"), adam(1e-3), knob=Knob(2.0, 5))
+        make_step(SAE(16, 64, rule=UNTRACED), adam(1e-3), knob=Knob(2.0, 5))
     with pytest.raises(ValueError, match="needs steps"):
         Knob(start=2.0)
     with pytest.raises(ValueError, match="asks for empty codes"):
@@ -335,7 +344,7 @@ def test_the_step_reuses_the_buffers_of_its_state_but_not_the_callers():
 
 
 def test_steps_draw_new_random_numbers_from_key_and_step_alone():
-    sae, optimiser = SAE(16, 64, rule="toy_noisy(sigma=1.0)"), adam(0.0)
+    sae, optimiser = SAE(16, 64, rule="variational(k=4)"), adam(0.0)
     take = make_step(sae, optimiser)
     l0 = []
     for start in (0, 0, 1):

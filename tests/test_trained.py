@@ -380,7 +380,7 @@ def mutated(data, rng):
 @pytest.mark.parametrize("seal", [False, True])
 def test_damage_is_refused_or_does_no_harm(seal, tmp_path):
     """300 damaged copies each; with `seal` the checksum is that of the damaged file."""
-    rng, one = random.Random(int(seal)), made("toy_tired")
+    rng, one = random.Random(int(seal)), made("group_bias")
     folder = one.save(tmp_path / "sae")
     files = {name: (folder / name).read_bytes() for name in (ARRAYS, DESCRIPTION)}
     loaded, began = 0, time.monotonic()

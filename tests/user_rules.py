@@ -94,26 +94,6 @@ register(
 )
 
 
-def toy_noisy(inputs, params, state, *, train: bool, sigma: float = 0.1):
-    """Randomness: noise on the pre-activations in training."""
-    pre = inputs.pre
-    if train:
-        pre = pre + sigma * jax.random.normal(inputs.key, pre.shape)
-    return Encoded(jax.nn.relu(pre - 0.1), state, {})
-
-
-register(
-    toy(
-        "toy_noisy",
-        decides="sign, under noise while training",
-        encode=toy_noisy,
-        example={"sigma": 0.01},
-        knob="sigma",
-        needs=frozenset({"key"}),
-    )
-)
-
-
 def toy_decoder_topk(inputs, *, k: int | Array = 4, k_max: int):
     """The decoder: the score counts the length of the decoder row."""
     lengths = jnp.linalg.norm(inputs.weights.W_dec, axis=1)
