@@ -1,6 +1,7 @@
 """The sparse autoencoder: pure functions of its variables."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
@@ -13,6 +14,10 @@ from sae_jax.codes import Codes
 from sae_jax.contract import Inputs, Weights
 from sae_jax.treatment import Undo
 from sae_jax.variables import Forward, Output, Variables
+
+
+class WithoutGradient(UserWarning):
+    """An SAE that was trained with gradients encodes rows without them."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -109,6 +114,15 @@ class SAE(Architecture):
         x, target, grad_x = self._checked(x, target, grad_x, mask)
         if train:
             self._check_training(target, grad_x, key)
+        elif rule.without_gradient and grad_x is None:
+            # Under jit while it is traced, so once; elsewhere Python says it once.
+            warnings.warn(
+                f"{rule.name} was trained with gradients of the model's loss and "
+                f"encodes rows without them {rule.without_gradient}. Pass grad_x if "
+                f"you have it; an Evaluator measures what that changes.",
+                WithoutGradient,
+                stacklevel=1,
+            )
         if knob is not None and not checks.is_traced(knob) and knob > self.bound.top:
             raise ValueError(f"knob={knob} is above {self.bound.top}; see SAE.up_to.")
         turned = {} if knob is None else {rule.knob: knob}
@@ -200,7 +214,10 @@ class SAE(Architecture):
         *,
         grad_x: Float[Array, "B D_in"] | None = None,
     ) -> Codes:
-        """The codes `[B, F]` of each row, as in evaluation; dense or sparse."""
+        """The codes `[B, F]` of each row, as in evaluation; dense or sparse.
+
+        `grad_x` is for rules that need it; see `Rule.without_gradient`.
+        """
         return self.forward(variables, x, grad_x=grad_x).codes
 
     def decode(

@@ -240,7 +240,7 @@ def test_bad_company_is_refused_with_the_remedy():
     refuses("takes no target", target=rows())
     refuses("trains on a target", options={"d_out": 12}, train=True)
     refuses("match them", options={"d_out": 12}, target=rows(0, 3, 12))
-    refuses("give the batch a 'grad'", rule="toy_attribution(k=4)", train=True)
+    refuses("give the batch a 'grad'", rule="gradient_topk(k=4)", train=True)
     refuses("pass a key", rule="toy_noisy", train=True)
 
 

@@ -32,6 +32,8 @@ EXAMPLES = [
 MORE = [
     "relu(coef=0.3, decoder_weighted=True)",
     "topk(k=12)",
+    "gradient_topk(k=4, beta=0.3, normalise=True)",
+    "gradient_topk(k=12, mode='attribution')",
     "batch_topk(k=2.3)",
     "batch_topk(k=12.0)",
     "top_afa(coef=0.3, how='exceed')",
@@ -48,13 +50,15 @@ class Case(NamedTuple):
     variables: Variables
     params: dict[str, np.ndarray]
     x: np.ndarray
+    grad: np.ndarray  # of the model's loss with respect to x
 
     def codes(self, params=None):
         params = self.params if params is None else params
         if self.sae.is_transcoder:
             params = {**params, "b_dec": np.zeros(self.sae.d_in)}
         bound = self.sae.bound
-        return oracles.CODES[bound.rule.name](self.x, params, bound.hp)
+        beside = [self.grad] * ("grad_x" in bound.rule.needs)
+        return oracles.CODES[bound.rule.name](self.x, params, bound.hp, *beside)
 
     def terms(self, params=None, target=None):
         params = self.params if params is None else params
@@ -73,6 +77,7 @@ def case(spec, seed=0, b=7, d=16, f=64, tied=False, edges=False, **options):
     params = {n: np.array(p) for n, p in sorted(variables.params.items())}
     params = {n: p + 0.4 * rng.normal(size=p.shape) for n, p in params.items()}
     x = 1.3 * rng.normal(size=(b, d))
+    grad = np.random.default_rng(1000 + seed).normal(size=x.shape)
     if tied:  # small integers, so that sums are exact and many of them equal
         x = rng.integers(-2, 3, x.shape) * 1.0
         for n in ("W_enc", "b_enc", "b_dec"):
@@ -80,12 +85,14 @@ def case(spec, seed=0, b=7, d=16, f=64, tied=False, edges=False, **options):
         params["W_dec"] = rng.choice([-1.0, 1.0], params["W_dec"].shape)
         params["W_dec"][:, 4:] = 0  # rows of norm 2...
         params["W_dec"][::3] *= 2  # ...or 4
+        grad = np.sign(grad) * 4.0 ** np.arange(b)[:, None]
     if edges:
         params["W_enc"][:, 0] = -0.5 - np.abs(params["W_enc"][:, 0])
         x[0] = 90 * np.eye(d)[0]  # every pre-activation negative
         x[1] = params["b_dec"]  # nothing left after centring
+        grad[2] = 0  # where the model is sure of itself
         assert (oracles.preactivations(x, params)[0] < 0).all()
-    return with_params(Case(sae, variables, params, x), params)
+    return with_params(Case(sae, variables, params, x, grad), params)
 
 
 def with_params(c, params):
@@ -95,9 +102,10 @@ def with_params(c, params):
 
 @functools.cache
 def compiled(sae, aux, sparse_below, gradients):
-    def loss(params, variables, x, target, mask, idle, share):
+    def loss(params, variables, x, grad_x, target, mask, idle, share):
         variables = variables._replace(params=params)
-        out = sae.forward(variables, x, target=target, mask=mask, train=True)
+        beside = {"target": target, "grad_x": grad_x, "mask": mask}
+        out = sae.forward(variables, x, **beside, train=True)
         terms = loss_terms(out, mask, idle, aux)
         total = sum(share[int(n == "aux")] * term for n, term in terms.items())
         return total, (out, terms)
@@ -109,7 +117,8 @@ def measured(c, *, aux=None, gradients=False, share=(1.0, 1.0), **batch):
     """A training pass: outputs, loss terms, gradients (`share` of terms and of aux)."""
     batch = {"target": None, "mask": None, "idle": np.zeros(c.sae.n_features), **batch}
     run = compiled(c.sae, aux, select.SPARSE_BELOW, gradients)
-    arrays = jax.tree.map(jnp.asarray, {"x": c.x, "share": np.array(share), **batch})
+    batch |= {"x": c.x, "grad_x": c.grad, "share": np.array(share)}
+    arrays = jax.tree.map(jnp.asarray, batch)
     grads, (out, terms) = run(c.variables.params, c.variables, **arrays)
     return out, terms, grads
 
@@ -159,7 +168,7 @@ def test_masked_rows_count_for_nothing(spec):
     mask = np.array([1, 0, 1, 1, 0, 1], bool)
     c = case(spec, seed=4, **SMALL)
     out, terms, _ = measured(c, mask=mask)
-    c = c._replace(x=c.x[mask])
+    c = c._replace(x=c.x[mask], grad=c.grad[mask])
     same_codes(to_dense(out.codes)[mask], c.codes())
     close(terms, c.terms())
 
@@ -292,13 +301,14 @@ def test_standardised_rows_go_in_and_come_out_as_in_the_oracle(spec):
     raw = jnp.asarray(3 * c.x + 5)
     out, terms, _ = measured(c._replace(x=raw))
     treated, spread, mean = oracles.standardise(3 * c.x + 5)
-    c = c._replace(x=treated)
+    raw_grad = jnp.asarray(c.grad)
+    c = c._replace(x=treated, grad=c.grad * spread)
     same_codes(out.codes, c.codes())
     close(terms, c.terms())
     codes = c.codes()
     if c.sae.bound.rule.couples_batch:  # before any training: all that is positive
         codes = oracles.threshold_codes(treated, c.params, 0.0)
-    x_hat, ours = jax.jit(c.sae.apply)(c.variables, raw)
+    x_hat, ours = jax.jit(c.sae.apply)(c.variables, raw, grad_x=raw_grad)
     same_codes(ours, codes)
     close(x_hat, oracles.reconstruct(codes, c.params) * spread + mean)
 
