@@ -1,6 +1,7 @@
 """The sparse autoencoder: pure functions of its variables."""
 
 import dataclasses
+import functools
 import warnings
 from typing import Any
 
@@ -11,13 +12,25 @@ from jaxtyping import Array, Float
 from sae_jax import checks, codes, products, start, treatment
 from sae_jax.architecture import Architecture
 from sae_jax.codes import Codes
-from sae_jax.contract import Inputs, Weights
+from sae_jax.contract import Inputs, Rule, Weights
 from sae_jax.treatment import Undo
 from sae_jax.variables import Forward, Output, Variables
 
 
 class WithoutGradient(UserWarning):
     """An SAE that was trained with gradients encodes rows without them."""
+
+
+@functools.cache  # once in a process; JAX makes Python forget what it has said
+def say_without_gradient(rule: Rule) -> None:
+    """Warns that rows are encoded in another way than in training."""
+    warnings.warn(
+        f"{rule.name} was trained with gradients of the model's loss and encodes rows "
+        f"without them {rule.without_gradient}. Pass grad_x if you have it; an "
+        f"Evaluator measures what that changes.",
+        WithoutGradient,
+        stacklevel=2,
+    )
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -115,14 +128,7 @@ class SAE(Architecture):
         if train:
             self._check_training(target, grad_x, key)
         elif rule.without_gradient and grad_x is None:
-            # Under jit while it is traced, so once; elsewhere Python says it once.
-            warnings.warn(
-                f"{rule.name} was trained with gradients of the model's loss and "
-                f"encodes rows without them {rule.without_gradient}. Pass grad_x if "
-                f"you have it; an Evaluator measures what that changes.",
-                WithoutGradient,
-                stacklevel=1,
-            )
+            say_without_gradient(rule)
         if knob is not None and not checks.is_traced(knob) and knob > self.bound.top:
             raise ValueError(f"knob={knob} is above {self.bound.top}; see SAE.up_to.")
         turned = {} if knob is None else {rule.knob: knob}
