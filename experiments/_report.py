@@ -32,7 +32,7 @@ VIOLINS = (
     "and the squared error of the rows over their squared norms."
 )
 DENSITY = "How often features fire on held-out text."
-
+GAP = "With and without gradients of the model"
 
 MOST_DRAWN = 16  # SAEs with a ZF plot and a violin; of more, one of each rule
 NO_NOTES: Mapping[str, str] = {}
@@ -76,6 +76,9 @@ def report_on(
     ]
     diverged = [f"Diverged: {', '.join(diverged)}."] if diverged else []
     print(*(f"{said}\n" for said in diverged), end="", flush=True)
+    if gap := report.gap_text(rows):
+        print(f"{gap}\n", flush=True)
+        notes = {**notes, GAP: gap}
     write_report(
         out,
         rows,

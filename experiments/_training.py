@@ -15,8 +15,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import jax
 
 from experiments._estimates import estimates
+from experiments._streams import open_stream, shard_faults, widths
 from sae_jax import mesh, rules
-from sae_jax.activations import FromShards, Harvester, OnTheFly, Shards
+from sae_jax.activations import FromShards, OnTheFly
 from sae_jax.config import (
     Data,
     Dictionary,
@@ -110,6 +111,13 @@ class Config(ModelConfig, TextConfig):
         found = [s for w in self.wanted() for s in (w.site, w.target) if s]
         return tuple(dict.fromkeys(found))
 
+    def graded_sites(self) -> tuple[str, ...]:
+        """Those where a rule needs the gradient of the model's loss."""
+        found = [
+            w.site for w in self.wanted() if "grad_x" in rules.parse(w.rule).rule.needs
+        ]
+        return tuple(dict.fromkeys(found))
+
     def faults(self) -> Iterator[str]:
         """What is wrong with these settings together."""
         if self.wandb and importlib.util.find_spec("wandb") is None:
@@ -121,7 +129,7 @@ class Config(ModelConfig, TextConfig):
                 yield f"{name}={getattr(self, name)} must not be negative"
         yield from self.train.faults(self.data.batch)
         yield from self.text_faults()
-        yield from self.shard_faults()
+        yield from shard_faults(self)
         faults = self.model_faults(self.read_sites(), self.context)
         yield from faults or self.misfits()
 
@@ -130,28 +138,12 @@ class Config(ModelConfig, TextConfig):
         fault = folder_fault(self.out, self.identity())
         return [f"out: {fault}"] if fault else []
 
-    def shard_faults(self) -> Iterator[str]:
-        """What is wrong with harvested activations, and where they overlap."""
-        text = self.text()
-        if self.data.shards:
-            try:
-                shards = Shards(self.data.shards, verify=False)
-                FromShards(shards, batch=self.data.batch, sites=self.read_sites())
-                text = shards.made_by["text"]
-            except ValueError as error:
-                yield f"data.shards: {error}"
-        if self.evaluation.overlaps(text):
-            yield (
-                f"evaluation.part={self.evaluation.part!r} is trained on as well "
-                f"(part={text['part']!r}); evaluate on another part or dataset"
-            )
-
     def misfits(self) -> Iterator[str]:
         """SAEs that cannot be trained like this."""
         lm = self.outline()
         if lm is None:
             return  # PyTorch's model is not loaded yet
-        widths = {site: lm.width(site) for site in self.read_sites()}
+        found = widths(self, lm)
         if not self.wanted():
             yield "no SAE is asked for: rules, sites, factors or seeds are none"
         try:
@@ -163,9 +155,9 @@ class Config(ModelConfig, TextConfig):
             yield from devices.share.faults(**{"data.readers": self.data.readers})
         for w in self.wanted():
             try:
-                member = self.make(w, widths)
+                member = self.make(w, found)
                 self.train.knob.prepare(member.sae)
-                faults = [f"{w.rule}: {fault}" for fault in member.faults(widths)]
+                faults = [f"{w.rule}: {fault}" for fault in member.faults(found)]
                 faults += devices.faults(member.sae, self.train, self.data.batch)
             except ValueError as error:
                 faults = [f"{w.rule}: {line}" for line in str(error).split("\n")]
@@ -210,29 +202,7 @@ class Config(ModelConfig, TextConfig):
         self, lm: Any, tokenizer: Any, share: Share = WHOLE
     ) -> FromShards | OnTheFly:
         """The batches, or this process's share of them."""
-        data = self.data
-        if data.shards:
-            shards = Shards(data.shards)
-            if shards.made_by["weights"] != lm.fingerprint:
-                raise ValueError(
-                    f"{data.shards} holds activations of lm={shards.made_by['lm']!r}, "
-                    f"whose weights are not those of lm={self.lm!r}"
-                )
-            sites = self.read_sites()
-            return FromShards(
-                shards, batch=data.batch, sites=sites, seed=data.seed, share=share
-            )
-        return OnTheFly(
-            Harvester(lm, self.read_sites(), data.contexts_per_pass),
-            self.open_documents(),
-            tokenizer,
-            self.packing(repeat=True),
-            batch=data.batch,
-            buffer=data.buffer,
-            seed=data.seed,
-            readers=data.readers,
-            share=share,
-        )
+        return open_stream(self, lm, tokenizer, share)
 
     def estimates(self) -> dict[str, str]:
         """What a dry run says of size."""

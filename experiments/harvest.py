@@ -6,6 +6,7 @@ killed run stopped. Training then reads the shards in one shuffle over all rows.
 Command:  python launch.py --experiment=harvest --out=runs/activations --rows=1000000
 Example:  python launch.py --experiment=harvest --lm=gpt2 --sites=resid_pre.8,mlp_out.8
           --dataset=Skylion007/openwebtext --rows=10000000 --out=/data/gpt2
+          (--gradients=true: for rules that look at the gradient of the model's loss)
 Leaves:   out/shard-*.safetensors and out/manifest.json
 Expected: about 21,000 rows per second on 2 CPU cores (embedded model, resid_post.2).
 """
@@ -26,6 +27,9 @@ class Config(ModelConfig, TextConfig):
     sites: Annotated[
         tuple[str, ...], "sites to read, by commas: place.layer, as in resid_post.2"
     ] = ("resid_post.2",)
+    gradients: Annotated[
+        bool, "whether the gradients of the model's loss at the sites come along"
+    ] = False
     rows: Annotated[int, "how many positions to harvest"] = 1_000_000
     rows_per_shard: Annotated[int, "positions per file, and at most in memory"] = 65_536
     contexts_per_pass: Annotated[int, "contexts that the model reads at once"] = 16
@@ -46,10 +50,12 @@ class Config(ModelConfig, TextConfig):
     def estimates(self) -> dict[str, str]:
         """What a dry run says of size."""
         lm = self.outline() or self.open_lm()
-        wide = sum(lm.width(site) for site in self.sites)
+        wide = sum(lm.width(site) for site in self.sites) * (1 + self.gradients)
         size = 2 if self.dtype == "bfloat16" else 4
+        beside = " with their gradients" if self.gradients else ""
         return {
-            "rows": f"{self.rows:,} of {len(self.sites)} sites, {wide} wide in all",
+            "rows": f"{self.rows:,} of {len(self.sites)} sites{beside}, {wide} wide in "
+            f"all",
             "disk": f"{self.rows * (wide * size + 16) / 1e9:.2g} GB",
             "memory": f"{self.rows_per_shard * wide * size / 1e9:.2g} GB for a shard",
         }
@@ -62,7 +68,13 @@ def run(config: Config) -> None:
     lm = config.open_lm()
     manifest = harvest(
         config.out,
-        Harvester(lm, config.sites, config.contexts_per_pass, config.dtype),
+        Harvester(
+            lm,
+            config.sites,
+            config.contexts_per_pass,
+            config.dtype,
+            gradients=config.sites if config.gradients else (),
+        ),
         documents,
         tokenizer,
         config.packing(repeat=False),

@@ -22,6 +22,7 @@ from sae_jax.contract import (
     from_selection,
 )
 from sae_jax.fold import fold_scale
+from sae_jax.lm.sites import gradient_of
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
 from sae_jax.rules import RULES, load_file, parse, register
@@ -78,6 +79,7 @@ __all__ = [
     "fold_scale",
     "from_pre",
     "from_selection",
+    "gradient_of",
     "init_state",
     "learning_rate",
     "load",

@@ -57,7 +57,8 @@ class Inputs(NamedTuple):
       encoder: the encoder product; `encoder.pre` are the pre-activations `[B, F]`.
       weights: the four arrays, read-only.
       target: what is to be reconstructed; `x` itself unless transcoding.
-      grad_x: gradient of the model's loss with respect to `x`, or None.
+      grad_x: gradient of the model's loss with respect to `x`; None where none is
+        given, which is possible outside of training only.
       mask: which rows are valid, or None for all.
       key: consumed by rules that draw random numbers, else None.
       step: training step, counted from 0.
@@ -169,6 +170,8 @@ class Rule:
         (gradients of the model's loss in training), "autoencoder" (not a transcoder).
       iterative: it encodes by one product after another, as many as its budget says;
         most take one.
+      without_gradient: how one that needs "grad_x" chooses features of rows that come
+        without it, as new text does; says so where that happens.
       couples_batch: in training, a row's codes depend on other rows.
       signed: codes may be negative.
       reads_b_enc: whether pre-activations include the encoder bias.
@@ -196,6 +199,7 @@ class Rule:
     budget: str | None = None
     needs: frozenset[Need] = frozenset()
     iterative: bool = False
+    without_gradient: str = ""
     couples_batch: bool = False
     signed: bool = False
     reads_b_enc: bool = True
@@ -207,10 +211,16 @@ class Rule:
         known = self.hyperparameters()
         named = {self.knob, *self.example, self.budget or self.knob, *self.lengths}
         named |= {parameter.name for parameter in keywords(self.faults)}
-        checks.raise_all(
-            f"Rule {self.name}: {checks.unknown('hyperparameter', name, known)}"
+        faults = [
+            checks.unknown("hyperparameter", name, known)
             for name in sorted(named - set(known))
-        )
+        ]
+        if ("grad_x" in self.needs) != bool(self.without_gradient):
+            faults.append(
+                "needs 'grad_x' and without_gradient, which says how rows are encoded "
+                "that come without it, go together."
+            )
+        checks.raise_all(f"Rule {self.name}: {fault}" for fault in faults)
 
     def hyperparameters(self) -> dict[str, tuple[Any, Any]]:
         """Type and default of each hyperparameter, by name."""

@@ -10,6 +10,7 @@ import jax
 from sae_jax import checks
 from sae_jax.activations.in_memory import Given, InMemory
 from sae_jax.lm.files import fingerprint
+from sae_jax.lm.sites import without_gradients
 from sae_jax.model import SAE
 from sae_jax.rules import RULES
 from sae_jax.run.in_folder import train_in_folder
@@ -41,7 +42,8 @@ def train(
     Args:
       activations: an array `[..., D]`, of PyTorch too, whose rows are shuffled; an
         iterator of such, each used whole as it comes; or a stream of one site, such as
-        `OnTheFly`.
+        `OnTheFly`. With gradients of the model's loss beside, for rules that need
+        them: `{"x": array, gradient_of("x"): array}`.
       rule: the sparsity rule, such as "topk(k=32)"; by default that of `start`.
       n_features: size of the dictionary; by default 16 features for each dimension.
       recipe: how it is trained; the end of an iterator also ends the training.
@@ -60,12 +62,13 @@ def train(
         if name not in (*FIELDS, *CALL)
     )
     stream = as_stream(activations, batch, seed)
-    if len(stream.widths) != 1:
+    sites = without_gradients(stream.widths)
+    if len(sites) != 1:
         raise ValueError(
-            f"train() takes one site, given are {', '.join(stream.widths)}; see "
-            f"train_many()."
+            f"train() takes one site, given are {', '.join(sites)}; see train_many()."
         )
-    [(site, width)] = stream.widths.items()
+    [site] = sites
+    width = stream.widths[site]
     chosen = {name: options.pop(name) for name in FIELDS if name in options}
     if start is None:
         if rule is None:

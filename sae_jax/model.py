@@ -1,6 +1,8 @@
 """The sparse autoencoder: pure functions of its variables."""
 
 import dataclasses
+import functools
+import warnings
 from typing import Any
 
 import jax
@@ -10,9 +12,25 @@ from jaxtyping import Array, Float
 from sae_jax import checks, codes, products, start, treatment
 from sae_jax.architecture import Architecture
 from sae_jax.codes import Codes
-from sae_jax.contract import Inputs, Weights
+from sae_jax.contract import Inputs, Rule, Weights
 from sae_jax.treatment import Undo
 from sae_jax.variables import Forward, Output, Variables
+
+
+class WithoutGradient(UserWarning):
+    """An SAE that was trained with gradients encodes rows without them."""
+
+
+@functools.cache  # once in a process; JAX makes Python forget what it has said
+def say_without_gradient(rule: Rule) -> None:
+    """Warns that rows are encoded in another way than in training."""
+    warnings.warn(
+        f"{rule.name} was trained with gradients of the model's loss and encodes rows "
+        f"without them {rule.without_gradient}. Pass grad_x if you have it; an "
+        f"Evaluator measures what that changes.",
+        WithoutGradient,
+        stacklevel=2,
+    )
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -109,6 +127,8 @@ class SAE(Architecture):
         x, target, grad_x = self._checked(x, target, grad_x, mask)
         if train:
             self._check_training(target, grad_x, key)
+        elif rule.without_gradient and grad_x is None:
+            say_without_gradient(rule)
         if knob is not None and not checks.is_traced(knob) and knob > self.bound.top:
             raise ValueError(f"knob={knob} is above {self.bound.top}; see SAE.up_to.")
         turned = {} if knob is None else {rule.knob: knob}
@@ -200,7 +220,10 @@ class SAE(Architecture):
         *,
         grad_x: Float[Array, "B D_in"] | None = None,
     ) -> Codes:
-        """The codes `[B, F]` of each row, as in evaluation; dense or sparse."""
+        """The codes `[B, F]` of each row, as in evaluation; dense or sparse.
+
+        `grad_x` is for rules that need it; see `Rule.without_gradient`.
+        """
         return self.forward(variables, x, grad_x=grad_x).codes
 
     def decode(

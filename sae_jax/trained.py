@@ -50,19 +50,28 @@ class TrainedSAE:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def __call__(
-        self, x: Float[Any, "*batch D_in"]
+        self,
+        x: Float[Any, "*batch D_in"],
+        *,
+        grad_x: Float[Any, "*batch D_in"] | None = None,
     ) -> tuple[Float[Array, "*batch D_out"], Float[Array, "*batch F"]]:
         """Reconstruction and dense codes of rows, in any number of leading axes.
 
         `x` may be an array of NumPy or PyTorch; what comes back is JAX's. The
-        reconstruction has the type of `x`, codes have that of the SAE.
+        reconstruction has the type of `x`, codes have that of the SAE. `grad_x` is the
+        gradient of the model's loss there, for rules that look at it.
         """
-        x_hat, active = self._apply(self.variables, jnp.asarray(rows_of("x", x)))
+        x_hat, active = self._apply(self.variables, *_rows(x, grad_x))
         return _like(x, x_hat), _like(x, codes.to_dense(active))
 
-    def encode(self, x: Float[Any, "*batch D_in"]) -> Float[Array, "*batch F"]:
+    def encode(
+        self,
+        x: Float[Any, "*batch D_in"],
+        *,
+        grad_x: Float[Any, "*batch D_in"] | None = None,
+    ) -> Float[Array, "*batch F"]:
         """Dense codes; `sae.encode` gives them sparse where the rule does."""
-        active = self._encode(self.variables, jnp.asarray(rows_of("x", x)))
+        active = self._encode(self.variables, *_rows(x, grad_x))
         return _like(x, codes.to_dense(active))
 
     def decode(
@@ -80,11 +89,11 @@ class TrainedSAE:
 
     @cached_property
     def _apply(self) -> Callable[..., Output]:
-        return jax.jit(self.sae.apply)
+        return jax.jit(lambda variables, x, g: self.sae.apply(variables, x, grad_x=g))
 
     @cached_property
     def _encode(self) -> Callable[..., codes.Codes]:
-        return jax.jit(self.sae.encode)
+        return jax.jit(lambda variables, x, g: self.sae.encode(variables, x, grad_x=g))
 
     def save(self, folder: str | Path) -> Path:
         """Writes the folder, whole or not at all; an SAE that is there is replaced.
@@ -216,6 +225,11 @@ def rows_of(name: str, array: Any) -> Any:
         given = f"a {type(array).__name__}" if shape is None else f"of shape {shape}"
         raise ValueError(f"{name} is {given}; give an array of shape [..., width].")
     return array.reshape(-1, shape[-1])
+
+
+def _rows(x: Any, grad_x: Any) -> tuple[Array, Array | None]:
+    rows = jnp.asarray(rows_of("x", x))
+    return rows, None if grad_x is None else jnp.asarray(rows_of("grad_x", grad_x))
 
 
 def _like(x: Any, rows: Array) -> Array:

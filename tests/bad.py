@@ -126,6 +126,15 @@ def secret_noise(inputs, params, state, *, train: bool, k: int | Array = 4):
     return Encoded(topk(inputs, k) * strength, state, {})
 
 
+@breaks(
+    contract.gradients_of_the_model_decide_if_needed,
+    needs=frozenset({"grad_x"}),
+    without_gradient="as with them",
+)
+def claims_gradients(inputs, params, state, *, k: int | Array = 4):
+    return Encoded(topk(inputs, k), state, {})
+
+
 @breaks(contract.every_parameter_learns)
 def deaf_encoder(inputs, params, state, *, k: int | Array = 4):
     return Encoded(jax.lax.stop_gradient(topk(inputs, k)), state, {})

@@ -200,6 +200,15 @@ def randomness_is_declared_and_repeatable(bound):
     same(*evaluated)
 
 
+def gradients_of_the_model_decide_if_needed(bound):
+    """And where there are none, rows are encoded all the same."""
+    sae, variables = build(bound)
+    encode = functools.partial(sae.encode, variables, rows())
+    one, other = (encode(grad_x=gradient_of_model(rows(i))) for i in (0, 5))
+    assert differ(to_dense(one), to_dense(other)) == ("grad_x" in bound.rule.needs)
+    assert jnp.isfinite(to_dense(encode())).all()
+
+
 def every_parameter_learns(bound):
     sae, variables = build(bound)
     optional = set() if bound.rule.reads_b_enc else {"b_enc"}
@@ -416,6 +425,7 @@ CHECKS = [
     evaluation_ignores_neighbours,
     evaluation_leaves_the_state_alone,
     randomness_is_declared_and_repeatable,
+    gradients_of_the_model_decide_if_needed,
     every_parameter_learns,
     jit_changes_nothing,
     traced_knobs_and_ensembles_equal_solo_runs,

@@ -65,6 +65,24 @@ def topk(x: Array, params: Params, hp: Hp) -> Array:
     return codes
 
 
+def gradient_topk(x: Array, params: Params, hp: Hp) -> Array:
+    if hp.get("grad_x") is None:
+        return topk(x, params, hp)
+    pre = preactivations(x, params)
+    codes = np.zeros_like(pre)
+    for b, g in enumerate(hp["grad_x"]):
+        length = math.sqrt(sum(v * v for v in g))
+        g = g / length if hp["normalise"] and length else g
+        scores = np.zeros(len(pre[b]))
+        for j, direction in enumerate(params["W_dec"]):
+            effect = abs(sum(v * w for v, w in zip(direction, g, strict=True)))
+            scores[j] = hp["beta"] * pre[b, j] * effect
+            scores[j] += pre[b, j] if hp["mode"] == "add" or not g.any() else 0
+        for j in largest(scores, math.ceil(hp["k"])):
+            codes[b, j] = max(pre[b, j], 0)
+    return codes
+
+
 def batch_topk(x: Array, params: Params, hp: Hp) -> Array:
     pre = preactivations(x, params)
     budget = math.floor(Fraction(str(hp["k"])) * len(x))  # 0.29 * 100 is 29, not 28.99
@@ -162,6 +180,7 @@ def variational(x: Array, params: Params, hp: Hp) -> Array:
 CODES: dict[str, Callable[[Array, Params, Hp], Array]] = {
     "relu": relu,
     "topk": topk,
+    "gradient_topk": gradient_topk,
     "batch_topk": batch_topk,
     "top_afa": top_afa,
     "jump_relu": jump_relu,
@@ -221,6 +240,7 @@ def variational_terms(x: Array, params: Params, hp: Hp, codes: Array) -> Terms:
 LOSSES: dict[str, Callable[[Array, Params, Hp, Array], Terms]] = {
     "relu": relu_terms,
     "topk": lambda *_: {},
+    "gradient_topk": lambda *_: {},
     "batch_topk": lambda *_: {},
     "top_afa": top_afa_terms,
     "jump_relu": jump_relu_terms,

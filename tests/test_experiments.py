@@ -35,7 +35,10 @@ TINY = {
 SAES = {
     "demo": ({}, 3),
     "train": ({"rule": "jump_relu(coef=0.001)", "site": "mlp_out.1"}, 1),
-    "frontier": ({"rules": "topk(k=8),relu", "factors": "0.5,2", "seeds": "3,4"}, 8),
+    "frontier": (
+        {"rules": "gradient_topk(k=8),relu", "factors": "0.5,2", "seeds": "3,4"},
+        8,
+    ),
     "top_afa_gpt2": (
         {
             **dict(lm="embedded", dataset="embedded", sites="resid_pre.1,resid_pre.2"),
@@ -148,6 +151,41 @@ def test_from_shards_and_as_a_transcoder(tmp_path):
     assert sae.sae.is_transcoder
     rows = Shards(tmp_path / "shards").rows(np.arange(5), sites)
     assert sae(jnp.asarray(rows[sites[0]], jnp.float32))[0].shape == (5, 192)
+
+
+def test_shards_without_gradients_are_refused_with_the_command_that_gets_them(tmp_path):
+    """A rule that needs them trains on those of that command, and on the fly."""
+    harvest = importlib.import_module("experiments.harvest")
+    experiment = importlib.import_module("experiments.train")
+    site, bare, graded = "resid_pre.1", str(tmp_path / "a"), str(tmp_path / "b")
+    given = {**TINY, "site": site, "rule": "gradient_topk(k=8)", "out": str(tmp_path)}
+    harvest.run(harvest.Config(out=bare, sites=(site,), rows=200))
+    _, faults = settings.build(
+        experiment.Config(), {**given, "config.data.shards": bare}
+    )
+    [fault] = faults
+    assert f"holds no gradients of the model's loss at {site}, which a rule" in fault
+    command = f"--experiment=harvest --gradients=true --sites={site} --out=FOLDER"
+    assert command in fault
+    asked = {"gradients": "true", "sites": site, "rows": "200", "out": graded}
+    config, _ = settings.build(harvest.Config(), asked)
+    assert "1 sites with their gradients, 384 wide" in config.estimates()["rows"]
+    harvest.run(config)
+    name = sae_jax.gradient_of(site)
+    opened = config.open_lm(), config.open_tokenizer()
+    for shards in (graded, ""):
+        config, faults = settings.build(
+            experiment.Config(), {**given, "config.data.shards": shards}
+        )
+        assert faults == []
+        stream = config.open_stream(*opened)
+        assert stream.widths == {site: 192, name: 192}
+        batch = next(stream.batches())
+        assert batch[name].shape == batch[site].shape
+        assert (batch[name] != 0).any()
+    assert "memory for the model's gradients" in config.estimates()
+    buffers = 3 * 128 * 2 * 192 * 4 / 1e9
+    assert config.estimates()["memory for activations"] == f"{buffers:.2g} GB"
 
 
 def test_shards_of_another_model_are_refused(tmp_path):

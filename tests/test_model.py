@@ -83,8 +83,9 @@ def test_transcoder_folds_both_scales():
     np.testing.assert_allclose(before.x_hat, after.x_hat, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_of_the_model_are_scaled_with_the_input():
-    """d loss / d (c x) is 1/c of d loss / d x, so the rule sees the same products."""
+@pytest.mark.parametrize("treatment", ["scale", "standardise"])
+def test_gradients_of_the_model_are_scaled_with_the_input(treatment):
+    """By what a change of the treated row does to the row that is put back."""
     seen = []
 
     def look(inputs, *, k: int = 4):
@@ -99,11 +100,16 @@ def test_gradients_of_the_model_are_scaled_with_the_input():
         example={"k": 4},
         knob="k",
     )
-    sae = SAE(16, 64, rule=bind(rule, {}), treatment="scale")
-    sae.forward(sae.init(KEY, sample=10 * rows(1)), rows(), grad_x=rows(4))
+    sae = SAE(16, 64, rule=bind(rule, {}), treatment=treatment)
+    variables = sae.init(KEY, sample=10 * rows(1))
+    out = sae.forward(variables, rows(), grad_x=rows(4))
     (x, grad_x) = seen[0]
     assert abs(x[0, 0] - rows()[0, 0]) > 0.01
-    np.testing.assert_allclose(x * grad_x, rows() * rows(4), rtol=1e-5)
+    # Of a loss whose gradient is rows(4), where the reconstruction is spliced in.
+    expected = jax.grad(lambda z: (out.undo(z) * rows(4)).sum())(x)
+    np.testing.assert_allclose(grad_x, expected, rtol=1e-5)
+    if treatment == "scale":
+        np.testing.assert_allclose(x * grad_x, rows() * rows(4), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +246,7 @@ def test_bad_company_is_refused_with_the_remedy():
     refuses("takes no target", target=rows())
     refuses("trains on a target", options={"d_out": 12}, train=True)
     refuses("match them", options={"d_out": 12}, target=rows(0, 3, 12))
-    refuses("give the batch a 'grad'", rule="toy_attribution(k=4)", train=True)
+    refuses("give the batch a 'grad'", rule="gradient_topk(k=4)", train=True)
     refuses("pass a key", rule="variational(k=4)", train=True)
 
 

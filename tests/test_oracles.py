@@ -33,6 +33,8 @@ EXAMPLES = [
 MORE = [
     "relu(coef=0.3, decoder_weighted=True)",
     "topk(k=12)",
+    "gradient_topk(k=4, beta=0.3, normalise=True)",
+    "gradient_topk(k=12, mode='attribution')",
     "batch_topk(k=2.3)",
     "batch_topk(k=12.0)",
     "top_afa(coef=0.3, how='exceed')",
@@ -59,10 +61,12 @@ class Case(NamedTuple):
     params: dict[str, np.ndarray]
     x: np.ndarray
     noise: np.ndarray
+    grad: np.ndarray  # of the model's loss with respect to x
 
     @property
     def hp(self):
-        return {**self.sae.bound.hp, "noise": self.noise}
+        beside = {"noise": self.noise, "grad_x": self.grad}
+        return {**self.sae.bound.hp, **beside}
 
     def codes(self, params=None):
         params = self.params if params is None else params
@@ -94,21 +98,24 @@ def case(spec, seed=0, b=7, d=16, f=64, tied=False, edges=False, **options):
         variables = variables._replace(state={**variables.state, **memory})
     encoder = "W_enc" if "W_enc" in params else "W_dec"
     x = 1.3 * rng.normal(size=(b, d))
+    grad = np.random.default_rng(1000 + seed).normal(size=x.shape)
     if tied:  # small integers, so that sums are exact and many of them equal
         x = rng.integers(-2, 3, x.shape) * 1.0
-        for n in {"W_enc", "b_enc", "b_dec"} & params.keys():
+        for n in [n for n in ("W_enc", "b_enc", "b_dec") if n in params]:
             params[n] = rng.integers(-2, 3, params[n].shape) * 1.0
         params["W_dec"] = rng.choice([-1.0, 1.0], params["W_dec"].shape)
         params["W_dec"][:, 4:] = 0  # rows of norm 2...
         params["W_dec"][::3] *= 2  # ...or 4
+        grad = np.sign(grad) * 4.0 ** np.arange(b)[:, None]
     if edges:
         params[encoder][:, 0] = -0.5 - np.abs(params[encoder][:, 0])
         x[0] = 90 * np.eye(d)[0]  # every pre-activation negative
         x[1] = params["b_dec"]  # nothing left after centring
         pre = (x - params["b_dec"]) @ params[encoder].T + params.get("b_enc", 0)
         assert (pre[0] < 0).all()
+        grad[2] = 0  # where the model is sure of itself
     noise = np.asarray(jax.random.normal(KEY, (b, f)))
-    return with_params(Case(sae, variables, params, x, noise), params)
+    return with_params(Case(sae, variables, params, x, noise, grad), params)
 
 
 def with_params(c, params):
@@ -118,9 +125,10 @@ def with_params(c, params):
 
 @functools.cache
 def compiled(sae, aux, sparse_below, gradients):
-    def loss(params, variables, x, target, mask, idle, share):
+    def loss(params, variables, x, grad_x, target, mask, idle, share):
         variables = variables._replace(params=params)
-        out = sae.forward(variables, x, target=target, mask=mask, key=KEY, train=True)
+        beside = {"target": target, "grad_x": grad_x, "mask": mask}
+        out = sae.forward(variables, x, **beside, key=KEY, train=True)
         terms = loss_terms(out, mask, idle, aux)
         total = sum(share[int(n == "aux")] * term for n, term in terms.items())
         return total, (out, terms)
@@ -132,7 +140,8 @@ def measured(c, *, aux=None, gradients=False, share=(1.0, 1.0), **batch):
     """A training pass: outputs, loss terms, gradients (`share` of terms and of aux)."""
     batch = {"target": None, "mask": None, "idle": np.zeros(c.sae.n_features), **batch}
     run = compiled(c.sae, aux, select.SPARSE_BELOW, gradients)
-    arrays = jax.tree.map(jnp.asarray, {"x": c.x, "share": np.array(share), **batch})
+    batch |= {"x": c.x, "grad_x": c.grad, "share": np.array(share)}
+    arrays = jax.tree.map(jnp.asarray, batch)
     grads, (out, terms) = run(c.variables.params, c.variables, **arrays)
     return out, terms, grads
 
@@ -182,7 +191,7 @@ def test_masked_rows_count_for_nothing(spec):
     mask = np.array([1, 0, 1, 1, 0, 1], bool)
     c = case(spec, seed=4, **SMALL)
     out, terms, _ = measured(c, mask=mask)
-    c = c._replace(x=c.x[mask], noise=c.noise[mask])
+    c = c._replace(x=c.x[mask], noise=c.noise[mask], grad=c.grad[mask])
     same_codes(to_dense(out.codes)[mask], c.codes())
     close(terms, c.terms())
 
@@ -319,13 +328,14 @@ def test_standardised_rows_go_in_and_come_out_as_in_the_oracle(spec):
     raw = jnp.asarray(3 * c.x + 5)
     out, terms, _ = measured(c._replace(x=raw))
     treated, spread, mean = oracles.standardise(3 * c.x + 5)
-    c = c._replace(x=treated)
+    raw_grad = jnp.asarray(c.grad)
+    c = c._replace(x=treated, grad=c.grad * spread)
     same_codes(out.codes, c.codes())
     close(terms, c.terms())
     codes = c._replace(noise=0 * c.noise).codes()  # in evaluation none is drawn
     if c.sae.bound.rule.couples_batch:  # before any training: all that is positive
         codes = oracles.threshold_codes(treated, c.params, 0.0)
-    x_hat, ours = jax.jit(c.sae.apply)(c.variables, raw)
+    x_hat, ours = jax.jit(c.sae.apply)(c.variables, raw, grad_x=raw_grad)
     same_codes(ours, codes)
     close(x_hat, oracles.reconstruct(codes, c.params) * spread + mean)
 

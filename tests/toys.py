@@ -69,8 +69,11 @@ def on_the_fly(documents: Documents = DOCUMENTS, **changes: Any) -> OnTheFly:
     """A stream of small batches."""
     options = {"batch": BATCH, "buffer": BUFFER, "seed": 0, "packing": PACKING}
     options |= changes
-    packing = options.pop("packing")
-    return OnTheFly(toy_harvester(), documents, TOKENS, packing, **options)  # type: ignore
+    harvester, packing = (
+        options.pop("harvester", toy_harvester()),
+        options.pop("packing"),
+    )
+    return OnTheFly(harvester, documents, TOKENS, packing, **options)  # type: ignore
 
 
 def run_harvest(

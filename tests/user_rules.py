@@ -100,28 +100,12 @@ def toy_decoder_topk(inputs, *, k: int | Array = 4, k_max: int):
     return select.rows(inputs.pre * lengths, k, count_max=int(k_max))
 
 
-def toy_attribution(inputs, *, k: int | Array = 4, k_max: int):
-    """Gradients of the model's loss: the score is what a feature does to that loss."""
-    score = inputs.pre
-    if inputs.grad_x is not None:
-        score = score * jnp.abs(inputs.grad_x @ inputs.weights.W_dec.T)
-    return select.rows(score, k, count_max=int(k_max))
-
-
 topk_like = partial(toy, example={"k": 4}, knob="k", budget="k", knob_raises_l0=True)
 register(
     topk_like(
         "toy_decoder_topk",
         decides="the k largest contributions",
         encode=from_selection(toy_decoder_topk),
-    )
-)
-register(
-    topk_like(
-        "toy_attribution",
-        decides="the k largest effects on the model's loss",
-        encode=from_selection(toy_attribution),
-        needs=frozenset({"grad_x", "autoencoder"}),
     )
 )
 

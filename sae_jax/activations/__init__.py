@@ -2,7 +2,8 @@
 
 `OnTheFly` runs the language model beside the SAE; `FromShards` reads what `harvest`
 wrote. Both yield, for step t = start, start + 1, ..., a dictionary `{site: [B, D]}`
-that depends on the configuration and on t alone.
+that depends on the configuration and on t alone. Gradients of the model's loss can
+come beside the sites, by the name `sae_jax.gradient_of(site)`.
 """
 
 from sae_jax.activations.from_shards import FromShards as FromShards

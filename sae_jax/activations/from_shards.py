@@ -38,7 +38,7 @@ class FromShards:
 
     Args:
         shards: The opened folder.
-        sites: Which of its sites; all by default.
+        sites: Which of its sites, and gradients by their names; all by default.
         batch: Rows per batch, those of other shares included.
         seed: Decides the order of the rows.
         share: Which rows of each batch are read; no others are.

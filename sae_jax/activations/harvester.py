@@ -1,4 +1,9 @@
-"""From a block of text to the activations of its rows, on the device."""
+"""From a block of text to the activations of its rows, on the device.
+
+Where asked for, the gradients of the model's loss at its sites come with them, by the
+names that `gradient_of` gives: one backward pass for all sites, and losses summed, so
+that a row's gradient does not depend on what else is harvested.
+"""
 
 import dataclasses
 from functools import cached_property, partial
@@ -7,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from sae_jax.lm.sites import gradient_of
 from sae_jax.lm.source import Source
 from sae_jax.text.blocks import Block
 
@@ -17,13 +23,14 @@ from sae_jax.text.blocks import Block
 class Harvester:
     """A language model, the sites to read in one pass, and how many contexts at once.
 
-    `lm` is any source.
+    `lm` is any source; `gradients` are those of the sites whose gradients come along.
     """
 
     lm: Source
     sites: tuple[str, ...]
     contexts_per_pass: int = 16
     dtype: str = "float32"
+    gradients: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.sites or self.contexts_per_pass < 1:
@@ -31,11 +38,18 @@ class Harvester:
                 f"sites={self.sites} and contexts_per_pass={self.contexts_per_pass}: "
                 f"at least one of each is needed"
             )
+        unread = sorted(set(self.gradients) - set(self.sites))
+        if unread:
+            raise ValueError(
+                f"gradients={self.gradients}: {', '.join(unread)} is not read; add it "
+                f"to sites={self.sites}"
+            )
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """The width of each site."""
-        return {site: self.lm.width(site) for site in self.sites}
+        """The width of each site, and of each gradient by its name."""
+        widths = {site: self.lm.width(site) for site in self.sites}
+        return widths | {gradient_of(site): widths[site] for site in self.gradients}
 
     @property
     def made_by(self) -> dict[str, Any]:
@@ -48,7 +62,7 @@ class Harvester:
         }
 
     def rows(self, block: Block) -> dict[str, Float[Array, "R D"]]:
-        """The activations of the block's rows, in their order.
+        """The activations of the block's rows, in their order, and gradients beside.
 
         No more is held than the rows themselves and one pass of the model.
         """
@@ -57,6 +71,8 @@ class Harvester:
         step = self.contexts_per_pass
         tokens = np.zeros((-(-n // step) * step, length), np.int32)
         tokens[:n] = block.tokens
+        real = np.zeros(tokens.shape, np.float32)
+        real[:n] = block.real
         # Where each position of each context goes; unused ones out of range.
         target = np.full(tokens.shape, n_rows, np.int32)
         target[block.row, block.column] = np.arange(n_rows, dtype=np.int32)
@@ -66,9 +82,20 @@ class Harvester:
         }
         for start in range(0, len(tokens), step):
             part = slice(start, start + step)
-            values = self.lm.run(tokens[part], read=self.sites).values
+            values = self._pass(tokens[part], real[part])
             buffers = _scatter(buffers, values, target[part])
         return buffers
+
+    def _pass(
+        self, tokens: Int[np.ndarray, "B T"], real: Float[np.ndarray, "B T"]
+    ) -> dict[str, Float[Array, "B T _"]]:
+        """One pass of the model, and back again for gradients."""
+        if not self.gradients:
+            return self.lm.run(tokens, read=self.sites).values
+        # Padding predicts nothing, so its losses count for nothing.
+        run, found = self.lm.gradients(tokens, self.sites, weights=real[:, 1:])
+        beside = {gradient_of(site): found[site] for site in self.gradients}
+        return {**run.values, **beside}
 
 
 @partial(jax.jit, donate_argnums=0)

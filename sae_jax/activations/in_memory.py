@@ -18,7 +18,7 @@ class InMemory:
     """Batches of arrays `{site: [N, D]}`, which have a row in common at each index.
 
     Args:
-        arrays: Activations by site.
+        arrays: Activations by site, and gradients by the names of `gradient_of`.
         batch: Rows per batch, those of other shares included.
         seed: Decides the order of the rows, another one in each epoch.
         share: Which rows of each batch are taken.

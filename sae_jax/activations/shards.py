@@ -1,7 +1,8 @@
 """Activations on disk: a folder of safetensors files and one manifest.
 
 Each shard holds `{site}` [rows, width] for every site, and the contexts that they came
-from: `tokens` [contexts, length], and per row its `context` and `position` in it. The
+from: `tokens` [contexts, length], and per row its `context` and `position` in it.
+Gradients of the model's loss are further sites, by the names of `gradient_of`. The
 files map into memory; a row is read without reading its shard. `manifest.json` says
 what made them (model, sites, type, text), and for each shard its rows and checksum.
 """

@@ -86,6 +86,7 @@ class Measurement:
         x: Float[Array | np.ndarray, "B D_in"],
         *,
         target: Float[Array | np.ndarray, "B D_out"] | None = None,
+        grad_x: Float[Array | np.ndarray, "B D_in"] | None = None,
         mask: Bool[Array | np.ndarray, " B"] | None = None,
     ) -> Float[Array, "B D_out"]:
         """Takes in the rows where `mask` is true; gives the `x_hat` of `SAE.apply`.
@@ -100,9 +101,10 @@ class Measurement:
         checks.rows("x", x, self.sae.d_in, mask=mask)
         checks.mask(mask, x)
         checks.beside("target", target, self.sae.width_out, x, mask=mask)
+        checks.beside("grad_x", grad_x, self.sae.d_in, x, mask=mask)
         valid = np.ones(len(x), bool) if mask is None else np.asarray(mask)
         x_hat, rows, fired = measure(
-            self.sae, self.variables, x, target, valid, self._mean
+            self.sae, self.variables, x, target, valid, self._mean, grad_x
         )
         self._rows.append(PerRow(*(np.asarray(column)[valid] for column in rows)))
         self._fired += np.asarray(fired)

@@ -26,6 +26,11 @@ of the clean model and q that of the changed one, over the same places:
 It weighs by p, as SAELens and SAEBench do: it costs most to give up what the model held
 likely. Their mean counts the last position of each context as well.
 
+SAEs whose rule looks at the gradient of the model's loss have all scores as new text is
+encoded, without it. How far their training was from that is the gap to the scores
+`NAME_with_gradients` (of `GAP`), of codes chosen with the gradients of the clean model.
+These know of the tokens that come next, and what they recover is no fair comparison.
+
 Logits never leave the device, and those of one pass are there at a time: two float32
 arrays [contexts * T, vocabulary], and while they are compared (on a CPU) two more.
 """
@@ -49,6 +54,9 @@ from sae_jax.model import SAE
 from sae_jax.text.contexts import Packing, contexts
 from sae_jax.text.documents import Documents
 from sae_jax.variables import Variables
+
+GAP = ("l0", "nmse", "dead", "loss_spliced", "loss_recovered", "kl_spliced")
+WITH_GRADIENTS = "_with_gradients"
 
 
 class HeldOut(NamedTuple):
@@ -135,6 +143,23 @@ class Evaluator:
         A transcoder reads `site`, and what it makes of it replaces `target_site`.
         """
         require_target(sae, target_site)
+        found = self._measured(sae, variables, site, target_site)
+        if "grad_x" not in sae.bound.rule.needs:
+            return found
+        best = self._measured(sae, variables, site, target_site, gradients=True).scores
+        beside = {name + WITH_GRADIENTS: best[name] for name in GAP}
+        return found._replace(scores={**found.scores, **beside})
+
+    def _measured(
+        self,
+        sae: SAE,
+        variables: Variables,
+        site: str,
+        target_site: str | None,
+        *,
+        gradients: bool = False,
+    ) -> Evaluation:
+        """All scores, of codes that are chosen with or without gradients."""
         aim = site if target_site is None else target_site
         baseline = self._baseline(aim)
         measurement = Measurement(sae, variables, baseline.mean)
@@ -145,6 +170,7 @@ class Evaluator:
             x_hat = measurement.add(
                 _rows(values[site]),
                 target=_rows(values[aim]) if target_site is not None else None,
+                grad_x=self._gradients(part, site) if gradients else None,
                 mask=part.use.reshape(-1),
             )
             x_hat = x_hat.reshape(values[aim].shape)
@@ -183,6 +209,12 @@ class Evaluator:
         """The model as it is, read at these sites; one program for each set of them."""
         read = tuple(dict.fromkeys(sites))
         return self.lm.run(part.tokens, read=read, logits=True, losses=True)
+
+    def _gradients(self, part: HeldOut, site: str) -> Float[Array, "BT D"]:
+        """Those of the summed losses of the clean model."""
+        weights = part.real[:, 1:].astype(np.float32)
+        _, found = self.lm.gradients(part.tokens, (site,), weights=weights)
+        return _rows(found[site])
 
     def _changed(
         self, part: HeldOut, clean: Run, site: str, value: Float[Array, "B T D"]

@@ -114,9 +114,10 @@ def measure(
     target: Float[Array, "B D_out"] | None,
     mask: Bool[Array, " B"],
     mean: Float[Array, " D_out"],
+    grad_x: Float[Array, "B D_in"] | None = None,
 ) -> tuple[Float[Array, "B D_out"], PerRow, Int[Array, " F"]]:
     """One pass: `x_hat`, what each row contributes, and how often features fired."""
-    out = sae.forward(variables, x, target=target, mask=mask)
+    out = sae.forward(variables, x, target=target, grad_x=grad_x, mask=mask)
     assert out.target is not None  # a transcoder was given one
     aim = x if target is None else target
     z, z_hat = out.target, out.x_hats[-1]

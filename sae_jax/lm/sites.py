@@ -14,6 +14,8 @@
 Anything else is named by its module and side: `transformer.h.3.ln_1:out`. A value read
 is what the layers after it see: if the same site is written, the written value. (What
 is written at resid_mid reaches them as a change of attn_out, with one rounding more.)
+
+Beside the rows of a site there may be those of its gradient, by the name `gradient_of`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +32,22 @@ PLACES = (
     "resid_pre", "head_out", "attn_out", "resid_mid", "mlp_hidden", "mlp_out",
     "resid_post",
 )  # fmt: skip
+
+GRADIENT = "gradient of "  # a blank, which no site has
+
+
+def gradient_of(site: str) -> str:
+    """The name of the model's gradient at a site, among arrays of activations.
+
+    Row t is the gradient, with respect to row t of the site, of the summed losses of
+    all later tokens of its context.
+    """
+    return GRADIENT + site
+
+
+def without_gradients(names: Iterable[str]) -> tuple[str, ...]:
+    """The sites among the names of arrays."""
+    return tuple(name for name in names if not name.startswith(GRADIENT))
 
 
 class Family(NamedTuple):

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from sae_jax.evaluation.heldout import GAP, WITH_GRADIENTS
+
 Row: TypeAlias = Mapping[str, Any]
 
 
@@ -236,11 +238,28 @@ SCORES = {
 }
 
 
-def scores_text(rows: Sequence[Row]) -> str:
+def _with_gradients(name: str, score: Score) -> Score:
+    """A score once more, for codes that the gradient of the model's loss chose."""
+    return score._replace(
+        heading=f"{score.heading}, with gradients",
+        meaning="The same where the rule sees the model's gradients, as in training.",
+        show=lambda row: score.show({**row, name: row.get(name + WITH_GRADIENTS)}),
+    )
+
+
+SCORES |= {name + WITH_GRADIENTS: _with_gradients(name, SCORES[name]) for name in GAP}
+
+
+def gap_text(rows: Sequence[Row]) -> str:
+    """What SAEs that need gradients do with and without; empty if there are none."""
+    names = [name for pair in GAP for name in (pair, pair + WITH_GRADIENTS)]
+    rows = [row for row in rows if GAP[0] + WITH_GRADIENTS in row]
+    return scores_text(rows, names) if rows else ""
+
+
+def scores_text(rows: Sequence[Row], names: Sequence[str] = tuple(SCORES)) -> str:
     """All scores as aligned text, a line each, and a column for every SAE."""
-    shown = [
-        s for n, s in SCORES.items() if any(row.get(n) is not None for row in rows)
-    ]
+    shown = [SCORES[n] for n in names if any(row.get(n) is not None for row in rows)]
     heads = [f"{s.heading}, {s.unit}" if s.unit else s.heading for s in shown]
     columns = [[row["name"], *(s.show(row) for s in shown)] for row in rows]
     widths = [max(map(len, column)) for column in columns]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Array
 
 from sae_jax import checks
+from sae_jax.lm.sites import gradient_of
 from sae_jax.model import SAE
 from sae_jax.training.step import Batch
 from sae_jax.variables import Variables
@@ -17,6 +18,7 @@ Rows = Mapping[str, Array]
 class Stream(Protocol):
     """Batches of activations `{site: [B, D]}`; see `sae_jax.activations`.
 
+    Rows of the model's gradient may come beside, by the name `gradient_of(site)`.
     One that was opened with a share (`sae_jax.share`) gives its rows of each batch;
     `batch` is the size of the whole.
     """
@@ -25,7 +27,7 @@ class Stream(Protocol):
 
     @property
     def widths(self) -> dict[str, int]:
-        """The width of each site."""
+        """The width of each site, and of each gradient by its name."""
         ...
 
     def batches(self, start: int = 0, position: Any = None) -> Iterator[Any]:
@@ -58,18 +60,34 @@ class Member(NamedTuple):
 
     def batch(self, rows: Rows) -> Batch:
         """Its part of a batch."""
-        if self.target is None:
-            return {"x": rows[self.site]}
-        return {"x": rows[self.site], "target": rows[self.target]}
+        batch: Batch = {"x": rows[self.site]}
+        if self.target is not None:
+            batch["target"] = rows[self.target]
+        if self.needs_gradient:
+            batch["grad"] = rows[gradient_of(self.site)]
+        return batch
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether its rule looks at the gradient of the model's loss."""
+        return "grad_x" in self.sae.bound.rule.needs
 
     def faults(self, widths: Mapping[str, int]) -> Iterator[str]:
         """What does not fit the sites that there are."""
         if (self.target is None) == self.sae.is_transcoder:
             yield "a transcoder, and only a transcoder, has a target site."
         yield from filter(None, [checks.value_fault("lr", self.lr, float | None)])
-        if "grad_x" in self.sae.bound.rule.needs:
-            yield "its rule needs gradients of the model's loss; no stream has any."
         wanted = [(self.site, self.sae.d_in), (self.target, self.sae.width_out)]
+        if self.needs_gradient and self.site in widths:
+            name = gradient_of(self.site)
+            if name in widths:
+                wanted.append((name, self.sae.d_in))
+            else:
+                yield (
+                    f"its rule needs the model's gradient at {self.site}, and the "
+                    f"activations come without: give Harvester gradients="
+                    f"({self.site!r},), a harvest --gradients=true, or arrays {name!r}."
+                )
         for site, width in wanted:
             if site is None:
                 continue

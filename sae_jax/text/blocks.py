@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from sae_jax.text.contexts import Context, Packing, contexts
 from sae_jax.text.documents import Documents
@@ -25,11 +25,13 @@ class Place(NamedTuple):
 class Block(NamedTuple):
     """Some contexts, and the rows to take from them.
 
-    Row i is position `column[i]` of context `row[i]`. `place` leads back to the block,
-    `after` to the one that follows. A block shorter than R is the last one.
+    Row i is position `column[i]` of context `row[i]`. `real` is false at padding.
+    `place` leads back to the block, `after` to the one that follows. A block shorter
+    than R is the last one.
     """
 
     tokens: Int[np.ndarray, "N T"]
+    real: Bool[np.ndarray, "N T"]
     row: Int[np.ndarray, " R"]
     column: Int[np.ndarray, " R"]
     place: Place | None
@@ -69,5 +71,6 @@ def _block(
     row, column = row[done : done + size], column[done : done + size]
     in_last = int(held[-1].use[: column[-1] + 1].sum()) if len(row) else 0
     tokens = np.stack([context.tokens for context in held])
+    real = np.stack([context.real for context in held])
     after = Place(held[-1].position, in_last)
-    return Block(tokens, row, column, place, after), in_last
+    return Block(tokens, real, row, column, place, after), in_last
