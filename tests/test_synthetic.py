@@ -26,8 +26,8 @@ TINY = {
     "config.train.steps": "4",
     "config.train.warmup": "0",
 }
-# A budget; a knob to steer; gradients; a tied dictionary; random numbers.
-FEW = "topk,relu,toy_attribution,toy_tied,toy_noisy"
+# A budget; a knob to steer; gradients; a tied dictionary; random numbers; as given.
+FEW = "topk,relu,gradient_topk,toy_tied,variational,top_afa"
 ROW = (
     "world rule given seed matched spec how l0 true_l0 nmse matched_cosine mmcs frr80 "
     "frr90 precision recall f1 l0_correlation dead diverged_in_step"
@@ -60,9 +60,9 @@ def test_it_trains_every_kind_of_rule_and_leaves_all_that_it_promises(tmp_path, 
             assert np.isfinite(row[score])
         assert row["diverged_in_step"] is None
     hows = {row["rule"]: row["how"] for row in rows}
-    assert hows["topk"] == hows["toy_attribution"] == "budget"
+    assert hows["topk"] == hows["gradient_topk"] == "budget"
     assert hows["relu"] == hows["toy_tied"] == "steered"
-    assert hows["toy_noisy"] == "as given"
+    assert hows["top_afa"] == "as given"
     text = (tmp_path / "synthetic.txt").read_text()
     assert text in said
     assert "World hierarchical" in text
@@ -71,7 +71,7 @@ def test_it_trains_every_kind_of_rule_and_leaves_all_that_it_promises(tmp_path, 
 
 
 def test_it_goes_on_where_it_was_killed_and_takes_more_seeds(tmp_path, monkeypatch):
-    config = configured(tmp_path, rules="topk,toy_attribution")
+    config = configured(tmp_path, rules="topk,gradient_topk")
     one, trained = synthetic.row_of, []
 
     def killed(config, cell):
@@ -159,11 +159,11 @@ def test_whole_budgets_are_rounded_and_never_nothing():
 
 
 def test_a_rule_that_reads_gradients_sees_them_on_held_out_rows_too(tmp_path):
-    config = configured(tmp_path, rules="toy_attribution,topk")
+    config = configured(tmp_path, rules="gradient_topk,topk")
     keys = _matched.keys(3)
     world = _worlds.make("equal", config.planted, keys.world)
     rows = _matched.held_out(world, keys, config.held_out)
-    for spec, reads in (("toy_attribution", True), ("topk", False)):
+    for spec, reads in (("gradient_topk", True), ("topk", False)):
         plan = config.plan(spec)
         trained = _matched.train(plan, world, keys, config.batch)
         scores = _matched.scored(plan, trained, world, rows)
