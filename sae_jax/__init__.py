@@ -21,12 +21,14 @@ from sae_jax.contract import (
     from_pre,
     from_selection,
 )
+from sae_jax.counterpart import Counterpart
+from sae_jax.exchange import load, push_to_hub
 from sae_jax.fold import fold_scale
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
 from sae_jax.rules import RULES, load_file, parse, register
 from sae_jax.run.members import Member
-from sae_jax.trained import TrainedSAE, load
+from sae_jax.trained import TrainedSAE
 from sae_jax.training.knob import Knob
 from sae_jax.training.optim import adam, learning_rate
 from sae_jax.training.recipe import Recipe
@@ -58,6 +60,7 @@ __all__ = [
     "RULES",
     "SAE",
     "AuxK",
+    "Counterpart",
     "Encoded",
     "Every",
     "Inputs",
@@ -86,6 +89,7 @@ __all__ = [
     "mesh",
     "over_batch",
     "parse",
+    "push_to_hub",
     "quasi_orthogonality",
     "register",
     "require_finite",

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float
 
 from sae_jax import checks, products, registry, select
 from sae_jax.codes import Codes
+from sae_jax.counterpart import Counterpart
 
 Params = dict[str, Array]
 State = dict[str, Array]
@@ -162,6 +163,8 @@ class Rule:
       reconstructions: the reconstructions that are scored; nested ones override it.
       fold: the same codes without the "scale" treatment, by other parameters; None
         where there are none such (a tied dictionary must keep its norm).
+      export: what it is to other libraries, a function (params, state, *,
+        hyperparameters) -> `Counterpart`; or a sentence on why it has none.
       faults: sentences on what is wrong with these hyperparameters at this width.
       budget: the hyperparameter that bounds the mean number of active features.
       needs: what it cannot do without: "key" (random numbers in training), "grad_x"
@@ -185,6 +188,7 @@ class Rule:
     weights: Callable[..., Weights] = plain_weights
     reconstructions: Callable[..., Reconstructions] = plain_reconstructions
     fold: Callable[[Params, Array, Array], Params] | None = plain_fold
+    export: Callable[..., Counterpart] | str = "Its record declares no counterpart."
     faults: Callable[..., Iterable[str]] = no_faults
     budget: str | None = None
     needs: frozenset[Need] = frozenset()
@@ -198,6 +202,8 @@ class Rule:
         known = self.hyperparameters()
         named = {self.knob, *self.example, self.budget or self.knob}
         named |= {parameter.name for parameter in keywords(self.faults)}
+        if callable(self.export):
+            named |= {parameter.name for parameter in keywords(self.export)}
         checks.raise_all(
             f"Rule {self.name}: {checks.unknown('hyperparameter', name, known)}"
             for name in sorted(named - set(known))

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from sae_jax import codes, select
 from sae_jax.contract import Encoded, Inputs, Params, State
+from sae_jax.counterpart import Counterpart
 
 
 def _whole(budget: Array | float) -> Any:
@@ -81,8 +82,18 @@ def threshold_update(state: State, active: codes.Codes, decay: float) -> State:
     }
 
 
+def threshold(state: State) -> Array:
+    """The running threshold; 0 where no batch was seen."""
+    weight = state["threshold_weight"]
+    return state["threshold_sum"] / jnp.where(weight > 0, weight, 1)
+
+
 def threshold_codes(inputs: Inputs, state: State) -> codes.Codes:
     """`pre` where it exceeds the running threshold: each row on its own."""
-    weight = state["threshold_weight"]
-    threshold = state["threshold_sum"] / jnp.where(weight > 0, weight, 1)
-    return jnp.where(inputs.pre > threshold, jax.nn.relu(inputs.pre), 0)
+    return jnp.where(inputs.pre > threshold(state), jax.nn.relu(inputs.pre), 0)
+
+
+def export(params: Params, state: State) -> Counterpart:
+    """One threshold for all features, as for single rows after training."""
+    shared = jnp.full_like(params["b_enc"], threshold(state))
+    return Counterpart("above", {"threshold": shared})
