@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from sae_jax import checks, formats
-from sae_jax.exchange.layout import Foreign, assembled, description, table, take
+from sae_jax.exchange.layout import (
+    Foreign,
+    assembled,
+    description,
+    setting,
+    table,
+    take,
+)
 from sae_jax.exchange.provenance import about_of
 from sae_jax.exchange.tensors import Held, of_pickle
 from sae_jax.formats import Place
@@ -42,12 +49,14 @@ def read(place: Place) -> TrainedSAE:
         raise ValueError(f"{beside}: {said}")
     known = table(NAME)[name]
     settings = {n: _number(path, held, n) for n in known.get("settings", [])}
-    sizes = {"D_in": trainer.get("activation_dim"), "F": trainer.get("dict_size")}
+    told = {"D_in": "activation_dim", "F": "dict_size"}
     arrays = take(
         path,
         held,
         known["arrays"],
-        sizes={axis: size for axis, size in sizes.items() if size is not None},
+        sizes={
+            a: setting(beside, trainer, n, int) for a, n in told.items() if n in trainer
+        },
         ignored=frozenset({*known.get("settings", []), *known.get("ignored", [])}),
     )
     about = about_of(

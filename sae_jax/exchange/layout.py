@@ -102,7 +102,8 @@ def take(
     sizes, faults = dict(sizes or {}), []
     if not transcoder and "D_in" in sizes:
         sizes["D_out"] = sizes["D_in"]
-    for ours, key in keys.items():
+    # The matrices first: what they say of sizes is more likely right.
+    for ours, key in sorted(keys.items(), key=lambda k: not k[0].startswith("W_")):
         theirs, turned = key.removesuffix(".T"), key.endswith(".T")
         if theirs not in held:
             faults.append(f"{theirs} is missing.")
