@@ -8,7 +8,7 @@ With `pre` the pre-activations, which include the encoder's bias:
     gate       relu(exp(r_mag) * (pre - b_enc) + b_mag) where pre > 0, 0 elsewhere;
                arrays: r_mag [F], b_mag [F]
     pursuit    matching pursuit of x - b_dec by the decoder's rows; settings:
-               max_iterations, residual_threshold, stop_on_duplicate
+               max_iterations, residual_threshold, stop_on_duplicate_support
 
 A rule's record says which of them it is, or why it is none; formats of other libraries
 are written from what it says.

@@ -54,8 +54,7 @@ def read(place: Place) -> TrainedSAE:
         )
     letter = "w" if "w_enc" in held else "W"
     keys = KEYS | {"W_enc": f"{letter}_enc.T", "W_dec": f"{letter}_dec"}
-    where = str(place.folder)
-    transcoder = "transcoder" in where
+    transcoder = any("transcoder" in part for part in place.folder.parts[-5:])
     arrays = take(path, held, keys, transcoder=transcoder)
     embedding = "embedding" in place.folder.parts[-3:]
     if embedding:
@@ -66,7 +65,7 @@ def read(place: Place) -> TrainedSAE:
     about = about_of(
         NAME,
         config,
-        lm=config.get("model_name") if isinstance(config, dict) else None,
+        lm=config.get("model_name"),
         site=None if embedding or transcoder else site_of(place.folder),
         folder="/".join(place.folder.parts[-3:]),
     )

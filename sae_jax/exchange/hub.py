@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_jax.exchange.layout import table
+from sae_jax.exchange.provenance import section, text_of
 from sae_jax.formats import FORMATS, Place, writable
 from sae_jax.trained import OWN, TrainedSAE
 
@@ -121,7 +122,6 @@ def card(trained: TrainedSAE, where: str, format: str) -> str:
     """The model card: how to load it, what it is, where it came from, how it does."""
     facts, sae, about = trained.provenance(), trained.sae, trained.about
     kind = "transcoder" if sae.is_transcoder else "sparse autoencoder"
-    text = about.get("text") or about.get("shards", {}).get("text") or {}
     said = {
         "Rule": f"`{sae.bound.spec}` ({sae.bound.rule.paper})",
         "Features": sae.n_features,
@@ -129,7 +129,7 @@ def card(trained: TrainedSAE, where: str, format: str) -> str:
         "Language model": about.get("lm"),
         "Site": about.get("site"),
         "Target": about.get("target"),
-        "Dataset": text.get("dataset"),
+        "Dataset": text_of(about).get("dataset"),
         "Steps": about.get("steps"),
         "Input treatment": sae.treatment,
         "Format": FORMATS[format].holds,
@@ -141,7 +141,7 @@ def card(trained: TrainedSAE, where: str, format: str) -> str:
     lines += ["```python", "import sae_jax", "", f'sae = sae_jax.load("{where}")']
     lines += ["x_hat, codes = sae(activations)", "```", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {cell(v)} |" for name, v in said.items() if v is not None]
-    scores = about.get("scores") or {}
+    scores = section(about, "scores")
     numbers = {n: v for n, v in scores.items() if isinstance(v, float)}
     if numbers:
         lines += ["", "| score on held-out text | |", "|---|---|"]

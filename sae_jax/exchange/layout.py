@@ -66,7 +66,7 @@ def description(path: Path) -> dict[str, Any]:
     with told(path, RecursionError):
         if path.stat().st_size > MOST_JSON:
             raise ValueError("it is too large for a description.")
-        found = json.loads(path.read_text(), parse_constant=_no_number)
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not an object.")
     return found

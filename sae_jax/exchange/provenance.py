@@ -3,7 +3,6 @@
 TransformerLens's names of hooks stand for our sites where the two mean the same.
 """
 
-import json
 import re
 from typing import Any
 
@@ -38,16 +37,26 @@ def site_of(hook: Any) -> str | None:
 def facts_of(trained: TrainedSAE) -> dict[str, Any]:
     """What goes into every export: ours in full, and by the names of SAELens."""
     facts, about = trained.provenance(), trained.about
-    text = about.get("text") or about.get("shards", {}).get("text") or {}
     return {
         "model_name": about.get("lm"),
         "hook_name": hook_of(about.get("site")),
         "hook_name_out": hook_of(about.get("target")),
-        "dataset_path": text.get("dataset"),
-        "context_size": (about.get("packing") or {}).get("length"),
+        "dataset_path": text_of(about).get("dataset"),
+        "context_size": section(about, "packing").get("length"),
         "training_architecture": facts["sae"]["rule"],
         "sae_jax": facts,
     }
+
+
+def section(about: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of what is known, empty if it is not there."""
+    found = about.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def text_of(about: dict[str, Any]) -> dict[str, Any]:
+    """What text an SAE was trained on, directly or by way of shards."""
+    return section(about, "text") or section(section(about, "shards"), "text")
 
 
 def about_of(name: str, config: Any, **found: Any) -> dict[str, Any]:
@@ -57,4 +66,4 @@ def about_of(name: str, config: Any, **found: Any) -> dict[str, Any]:
     if isinstance(ours, dict) and isinstance(ours.get("about"), dict):
         return ours["about"] | {"format": name}
     known = {key: value for key, value in found.items() if value is not None}
-    return {**known, "format": name, "described_as": json.loads(json.dumps(config))}
+    return {**known, "format": name, "described_as": config}

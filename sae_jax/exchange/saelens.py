@@ -25,7 +25,7 @@ from sae_jax.exchange.layout import (
     take,
 )
 from sae_jax.exchange.outward import Outward, outward
-from sae_jax.exchange.provenance import about_of, facts_of, site_of
+from sae_jax.exchange.provenance import about_of, facts_of, section, site_of
 from sae_jax.exchange.tensors import of_safetensors
 from sae_jax.formats import Place
 from sae_jax.trained import TrainedSAE
@@ -39,6 +39,10 @@ NAME, CONFIG, WEIGHTS, SCALE = (
 )
 # Without a version of 6 or later it would take its own file for an old one.
 WRITTEN_FOR = "6.54.12"
+
+# TransformerLens would fold norms into weights and centre them; sites hold what the
+# model itself computes.
+AS_IT_IS = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed"), False)
 
 SCALED = "expected_average_only_in"
 TREATMENTS: dict[str, Treatment] = {
@@ -234,6 +238,10 @@ def write(trained: TrainedSAE, folder: Path) -> None:
             "sae_lens_version": WRITTEN_FOR,
             "sae_lens_training_version": None,
             **facts,
+            "model_class_name": "HookedTransformer",
+            "model_from_pretrained_kwargs": AS_IT_IS,
+            # Joined contexts have BOS where a document begins, not at their own start.
+            "prepend_bos": not section(trained.about, "packing").get("join", False),
         },
     }
     if str(facts["hook_name"]).endswith("hook_z"):
