@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo lint test test-slow parity bench bench-lm lock clean
+.PHONY: help install demo lint test test-slow parity bench bench-lm exchange lock clean
 
 help:
 	@echo "make install    build .venv from nothing (idempotent)"
@@ -17,6 +17,7 @@ help:
 	@echo "make parity DIR=folder  replay recorded runs of the Top-AFA authors' code"
 	@echo "make bench      speed of steps, of training and of reading, beside others; over an hour"
 	@echo "make bench-lm   speed of reading activations, beside TransformerLens and PyTorch"
+	@echo "make exchange   SAEs to and from SAELens, sparsify and dictionary_learning"
 	@echo "make lock       renew requirements.lock from what is installed"
 
 install: $(STAMP)
@@ -80,6 +81,22 @@ bench: install $(SAELENS)/.installed $(SPARSIFY)/.installed $(PEERS)/.installed
 	$(BIN)/python launch.py --experiment=bench_growth
 	$(BIN)/python launch.py --experiment=bench_ensemble
 
+DICTLEARN := .venv-dictlearn
+
+# Its version of nnsight wants transformers before 5, and torchvision that fits PyTorch
+# or none at all.
+$(DICTLEARN)/.installed:
+	$(PEERS_PYTHON) -m venv --clear $(DICTLEARN)
+	$(DICTLEARN)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==2.13.0 dictionary-learning==0.1.0 'transformers>=4.57,<5'
+	$(DICTLEARN)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
+exchange: install $(SAELENS)/.installed $(SPARSIFY)/.installed $(DICTLEARN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint requirements.lock torch==2.13.0
+	$(BIN)/python launch.py --experiment=exchange
+
 DIR ?= tests/golden
 parity: install
 	$(BIN)/python -m tests.parity $(DIR)
@@ -91,4 +108,5 @@ lock: install
 	  | grep -viE '^($(TORCHS_OWN))==' > requirements.lock
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(SAELENS) $(SPARSIFY) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) $(SAELENS) $(SPARSIFY) $(DICTLEARN) \
+	  .pytest_cache .mypy_cache .ruff_cache

@@ -22,13 +22,14 @@ from typing import Annotated, Any
 
 from experiments._dictionaries import agreements, coherence_scores
 from experiments._report import rows_of, write_report
-from sae_jax import checks, report
+from sae_jax import report
 from sae_jax.config import Evaluating, ModelConfig, Reporting, TextConfig
 from sae_jax.evaluation import Evaluator, HeldOut
+from sae_jax.exchange import load, place
 from sae_jax.run.folder import CONFIG, environment
 from sae_jax.settings import to_dict
 from sae_jax.text.documents import Part
-from sae_jax.trained import TrainedSAE, load
+from sae_jax.trained import TrainedSAE
 from sae_jax.whole_files import write_whole
 
 
@@ -38,7 +39,8 @@ class Config(ModelConfig, TextConfig):
 
     sae: Annotated[
         tuple[str, ...],
-        "folders of finished SAEs, by commas; that of a run stands for all of its SAEs",
+        "folders or files of finished SAEs, by commas, also of other libraries and on "
+        "the Hugging Face hub; the folder of a run stands for all of its SAEs",
     ] = ()
     rule_files: Annotated[
         tuple[str, ...], "Python files with their rules, if they are of your own"
@@ -90,13 +92,15 @@ class Config(ModelConfig, TextConfig):
 @cache
 def opened(folders: tuple[str, ...]) -> dict[str, TrainedSAE]:
     """The SAEs by name: the end of their folders, as much as tells them apart."""
-    given = [Path(folder).expanduser().resolve() for folder in folders]
-    checks.raise_all(
-        f"sae: {path} does not exist" for path in given if not path.exists()
-    )
-    paths = [
-        sae for path in given for sae in (sorted((path / "saes").glob("*")) or [path])
-    ]
+    paths: list[Path] = []
+    for given in folders:
+        path = Path(given).expanduser().resolve()
+        if not path.exists():  # a name on the hub; the fault if it is none
+            where = place(given)
+            path = where.folder
+            if len(where.given) == 1:
+                path = path / next(iter(where.given))
+        paths += sorted((path / "saes").glob("*")) or [path]
     if len(set(paths)) < len(paths):
         raise ValueError(f"sae={','.join(folders)} names a folder twice")
     depth = 1

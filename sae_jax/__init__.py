@@ -21,13 +21,15 @@ from sae_jax.contract import (
     from_pre,
     from_selection,
 )
+from sae_jax.counterpart import Counterpart
+from sae_jax.exchange import load, push_to_hub
 from sae_jax.fold import fold_scale
 from sae_jax.lm.sites import gradient_of
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
 from sae_jax.rules import RULES, load_file, parse, register
 from sae_jax.run.members import Member
-from sae_jax.trained import TrainedSAE, load
+from sae_jax.trained import TrainedSAE
 from sae_jax.training.knob import Knob
 from sae_jax.training.optim import adam, learning_rate
 from sae_jax.training.recipe import Recipe
@@ -59,6 +61,7 @@ __all__ = [
     "RULES",
     "SAE",
     "AuxK",
+    "Counterpart",
     "Encoded",
     "Every",
     "Inputs",
@@ -88,6 +91,7 @@ __all__ = [
     "mesh",
     "over_batch",
     "parse",
+    "push_to_hub",
     "quasi_orthogonality",
     "register",
     "require_finite",

@@ -106,6 +106,18 @@ class Architecture:
         return self.d_out is not None
 
     @property
+    def centred(self) -> bool:
+        """Whether the encoder sees `x - b_dec`."""
+        centre = self.bound.rule.centres if self.centre is None else self.centre
+        return centre and not self.is_transcoder
+
+    @property
+    def biased(self) -> bool:
+        """Whether pre-activations include b_enc."""
+        rule = self.bound.rule
+        return rule.reads_b_enc if self.encoder_bias is None else self.encoder_bias
+
+    @property
     def width_out(self) -> int:
         """Width of the reconstruction."""
         return self.d_in if self.d_out is None else self.d_out

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float
 
 from sae_jax import checks, products, registry, select
 from sae_jax.codes import Codes
+from sae_jax.counterpart import Counterpart
 
 Params = dict[str, Array]
 State = dict[str, Array]
@@ -164,6 +165,8 @@ class Rule:
       fold: the same codes without the "scale" treatment, by other parameters; None
         where there are none such (a tied dictionary must keep its norm).
       lengths: hyperparameters in units of treated inputs; folding scales them too.
+      export: what it is to other libraries, a function (params, state, *,
+        hyperparameters) -> `Counterpart`; or a sentence on why it has none.
       faults: sentences on what is wrong with these hyperparameters at this width.
       budget: the hyperparameter that bounds the mean number of active features.
       needs: what it cannot do without: "key" (random numbers in training), "grad_x"
@@ -195,6 +198,7 @@ class Rule:
     reconstructions: Callable[..., Reconstructions] = plain_reconstructions
     fold: Callable[[Params, Array, Array], Params] | None = plain_fold
     lengths: tuple[str, ...] = ()
+    export: Callable[..., Counterpart] | str = "Its record declares no counterpart."
     faults: Callable[..., Iterable[str]] = no_faults
     budget: str | None = None
     needs: frozenset[Need] = frozenset()
@@ -211,6 +215,8 @@ class Rule:
         known = self.hyperparameters()
         named = {self.knob, *self.example, self.budget or self.knob, *self.lengths}
         named |= {parameter.name for parameter in keywords(self.faults)}
+        if callable(self.export):
+            named |= {parameter.name for parameter in keywords(self.export)}
         faults = [
             checks.unknown("hyperparameter", name, known)
             for name in sorted(named - set(known))

@@ -143,11 +143,9 @@ class SAE(Architecture):
             grad_x = grad_x.astype(self.param_dtype) * undo.factor
 
         weights = self.weights(variables, **turned)
-        centre = rule.centres if self.centre is None else self.centre
-        centre = centre and not self.is_transcoder
-        bias = rule.reads_b_enc if self.encoder_bias is None else self.encoder_bias
-        b_pre = weights.b_dec if centre else jnp.zeros(self.d_in, self.param_dtype)
-        b_enc = weights.b_enc if bias else jnp.zeros_like(weights.b_enc)
+        nothing = jnp.zeros(self.d_in, self.param_dtype)
+        b_pre = weights.b_dec if self.centred else nothing
+        b_enc = weights.b_enc if self.biased else jnp.zeros_like(weights.b_enc)
         dtype = jnp.dtype(self.dtype)
         encoder = products.encoder_product(treated, weights.W_enc, b_enc, b_pre, dtype)
         inputs = Inputs(treated, encoder, weights, aim, grad_x, mask, key, step)

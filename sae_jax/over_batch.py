@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from sae_jax import codes, select
 from sae_jax.contract import Encoded, Inputs, Params, State
+from sae_jax.counterpart import Counterpart
 
 
 def _whole(budget: Array | float) -> Any:
@@ -93,13 +94,19 @@ def threshold_update(state: State, smallest: Float[Array, "*F"], decay: float) -
     }
 
 
+def threshold(state: State) -> Float[Array, "*F"]:
+    """The running threshold; 0 where no batch was seen."""
+    weight = state["threshold_weight"]
+    return state["threshold_sum"] / jnp.where(weight > 0, weight, 1)
+
+
 def threshold_codes(inputs: Inputs, state: State) -> codes.Codes:
     """`pre` where it exceeds the running threshold: each row on its own."""
     above = inputs.pre > threshold(state)
     return jnp.where(above, jax.nn.relu(inputs.pre), 0)
 
 
-def threshold(state: State) -> Float[Array, "*F"]:
-    """The running threshold; 0 before it has seen anything."""
-    weight = state["threshold_weight"]
-    return state["threshold_sum"] / jnp.where(weight > 0, weight, 1)
+def export(params: Params, state: State) -> Counterpart:
+    """The threshold of each feature, as for single rows after training."""
+    of_each = jnp.full_like(params["b_enc"], threshold(state))
+    return Counterpart("above", {"threshold": of_each})

@@ -10,9 +10,8 @@ own has to be registered, by importing or `load_file`, before its SAE is loaded.
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,16 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from sae_jax import checks, codes
+from sae_jax import checks, codes, formats
 from sae_jax.architecture import Architecture
 from sae_jax.model import SAE
 from sae_jax.variables import Output, Variables
+from sae_jax.whole_files import write_folder
 
 FORMAT = "sae_jax.sae.2"
+OWN = "sae_jax"
 ARRAYS, DESCRIPTION = "sae.safetensors", "sae.json"
+FOREIGN_DESCRIPTION = "cfg.json"  # beside arrays of the same name, in sparsify's format
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,48 +97,47 @@ class TrainedSAE:
     def _encode(self) -> Callable[..., codes.Codes]:
         return jax.jit(lambda variables, x, g: self.sae.encode(variables, x, grad_x=g))
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, format: str = OWN) -> Path:
         """Writes the folder, whole or not at all; an SAE that is there is replaced.
 
-        A kill at the moment of replacing leaves the old one in NAME.replaced.
+        `format` may be that of another library, such as "saelens", for SAEs that it
+        can say; see `exchange`. A kill at the moment of replacing leaves the old one
+        in NAME.replaced.
         """
-        folder = Path(folder).expanduser().resolve()
-        if folder.exists() and not _only_an_sae(folder):
-            raise ValueError(
-                f"{folder} exists and holds something other than an SAE; give another "
-                f"folder, or remove it."
-            )
-        description = {
-            "format": FORMAT,
-            "sae_jax": version("sae_jax"),
-            "sae": describe(self.sae),
-            "about": self.about,
-        }
+        known = formats.writable(format)
+        assert known.write is not None  # writable looked
+        return write_folder(folder, known.files, partial(known.write, self))
+
+    def provenance(self) -> dict[str, Any]:
+        """What it is and where it came from, in plain values, for any format.
+
+        `configuration` is a checksum of the description and `about`, scores apart: it
+        tells whether two SAEs were made alike.
+        """
+        facts = {"sae": describe(self.sae), "about": self.about}
+        made_by = {n: v for n, v in self.about.items() if n != "scores"}
         try:
-            json.dumps(description, allow_nan=False)
+            json.dumps(facts, allow_nan=False)
+            text = json.dumps(facts | {"about": made_by}, sort_keys=True)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"about cannot be saved: {error}; give plain, finite values."
             ) from None
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_file(to_arrays(self.variables), unfinished / ARRAYS)
-        description["sha256"] = _checksum(unfinished / ARRAYS)
-        text = json.dumps(description, indent=1)
-        (unfinished / DESCRIPTION).write_text(text + "\n")
-        replaced = folder.with_name(f"{folder.name}.replaced")
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)  # of a save that was killed
-            folder.rename(replaced)
-        unfinished.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-        return folder
+        checksum = hashlib.sha256(text.encode()).hexdigest()
+        return {"sae_jax": version("sae_jax"), **facts, "configuration": checksum}
 
 
-def load(folder: str | Path) -> TrainedSAE:
-    """Reads what `TrainedSAE.save` wrote."""
-    folder = Path(folder).expanduser()
+def write(trained: TrainedSAE, folder: Path) -> None:
+    """Fills a folder with our own format."""
+    facts = trained.provenance()
+    save_file(to_arrays(trained.variables), folder / ARRAYS)
+    facts = {"format": FORMAT, **facts, "sha256": _checksum(folder / ARRAYS)}
+    (folder / DESCRIPTION).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def read(place: formats.Place) -> TrainedSAE:
+    """Reads what `write` wrote."""
+    folder = place.folder
     for name in (DESCRIPTION, ARRAYS):
         if not (folder / name).is_file():
             raise ValueError(
@@ -236,13 +237,6 @@ def _like(x: Any, rows: Array) -> Array:
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
-def _only_an_sae(folder: Path) -> bool:
-    return folder.is_dir() and {f.name for f in folder.iterdir()} <= {
-        ARRAYS,
-        DESCRIPTION,
-    }
-
-
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -250,3 +244,18 @@ def _checksum(path: Path) -> str:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+formats.register(
+    formats.Format(
+        name=OWN,
+        holds=f"a folder of {DESCRIPTION} and {ARRAYS}",
+        recognises=lambda place: (
+            DESCRIPTION in place.given
+            or (ARRAYS in place.given and not place.has(FOREIGN_DESCRIPTION))
+        ),
+        read=read,
+        write=write,
+        files=frozenset({ARRAYS, DESCRIPTION}),
+    )
+)

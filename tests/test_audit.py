@@ -77,8 +77,8 @@ def test_an_audit_has_every_measure_and_a_report(tmp_path, capsys):
     ("changes", "fault"),
     [
         ({"sae": ()}, "sae is empty"),
-        ({"sae": ("/no/such",)}, "/no/such does not exist"),
-        ({"sae": ("/tmp",)}, "/tmp has no sae.json"),
+        ({"sae": ("/no/such",)}, "no folder or file /no/such"),
+        ({"sae": ("/tmp",)}, "no SAE in a known format"),
         ({"contexts": 0}, "contexts and contexts_per_pass must be at least 1"),
         ({"site": "resid_post.9"}, "needs a layer from 0 to 3"),
         ({"site": "mlp_hidden.1"}, "is made for a width of 192, and mlp_hidden.1"),

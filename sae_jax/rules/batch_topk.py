@@ -20,6 +20,7 @@ register(
         decides="the k * B largest pre-activations of the batch; later a threshold",
         encode=over_batch.encode,
         init=over_batch.threshold_init,
+        export=over_batch.export,
         example={"k": 4.0},
         knob="k",
         budget="k",

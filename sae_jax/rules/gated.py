@@ -14,6 +14,7 @@ from sae_jax.contract import (
     State,
     register,
 )
+from sae_jax.counterpart import Counterpart
 
 
 def gated(
@@ -49,6 +50,11 @@ def init(key: Array, params: Params) -> tuple[Params, State]:
     return {**params, "r_mag": zeros, "b_mag": zeros}, {}
 
 
+def export(params: Params, state: State) -> Counterpart:
+    """The gate's bias is b_enc; the magnitude's scale and bias are extras."""
+    return Counterpart("gate", {name: params[name] for name in ("r_mag", "b_mag")})
+
+
 register(
     Rule(
         name="gated",
@@ -56,6 +62,7 @@ register(
         decides="sign of a gate path; L1 penalty on the gate alone",
         encode=gated,
         init=init,
+        export=export,
         example={"coef": 0.02},
         knob="coef",
         knob_raises_l0=False,

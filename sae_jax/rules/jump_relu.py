@@ -17,6 +17,7 @@ from sae_jax.contract import (
     State,
     register,
 )
+from sae_jax.counterpart import Counterpart
 
 
 def kernel(pre: Array, threshold: Array, bandwidth: float) -> Array:
@@ -133,6 +134,11 @@ def faults(
         yield "first_threshold=0 has no logarithm; 0.05 suits inputs of scale 1."
 
 
+def export(params: Params, state: State) -> Counterpart:
+    """The thresholds themselves, not their logarithms."""
+    return Counterpart("above", {"threshold": jnp.exp(params["log_threshold"])})
+
+
 register(
     Rule(
         name="jump_relu",
@@ -140,6 +146,7 @@ register(
         decides="a learned threshold per feature; L0 penalty",
         encode=jump_relu,
         init=init,
+        export=export,
         example={"coef": 0.02, "bandwidth": 0.5, "first_threshold": 0.2},
         knob="coef",
         knob_raises_l0=False,

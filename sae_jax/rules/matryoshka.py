@@ -60,6 +60,7 @@ register(
         decides="as a batch budget; nested prefixes must each reconstruct",
         encode=over_batch.encode,
         init=over_batch.threshold_init,
+        export=over_batch.export,
         reconstructions=nested,
         example={"k": 4.0, "prefixes": (0.125, 0.25, 0.5, 1.0)},
         knob="k",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sae_jax.contract import Encoded, Inputs, Params, Penalty, Rule, State, register
+from sae_jax.counterpart import Counterpart
 
 
 def relu(
@@ -29,12 +30,18 @@ def relu(
     return Encoded(active, state, {"l1": Penalty(coef, l1)})
 
 
+def export(params: Params, state: State) -> Counterpart:
+    """The penalty leaves no trace."""
+    return Counterpart("positive")
+
+
 register(
     Rule(
         name="relu",
         paper="Bricken et al. 2023, Cunningham et al. 2023 (arXiv:2309.08600)",
         decides="sign of the pre-activation; L1 penalty",
         encode=relu,
+        export=export,
         example={"coef": 0.02},
         knob="coef",
         knob_raises_l0=False,

@@ -71,6 +71,8 @@ register(
         paper="Lee et al. 2025 (arXiv:2503.24277)",
         decides="the code's norm: as many features as match the norm of the input",
         encode=top_afa,
+        export="It keeps as many features as match each row's norm, and no other "
+        "library has a rule that reads the norm of its input.",
         example={"coef": 0.03125},
         knob="coef",
         knob_raises_l0=None,

@@ -5,7 +5,16 @@ import math
 from jaxtyping import Array
 
 from sae_jax import select
-from sae_jax.contract import Inputs, Rule, budget_faults, from_selection, register
+from sae_jax.contract import (
+    Inputs,
+    Params,
+    Rule,
+    State,
+    budget_faults,
+    from_selection,
+    register,
+)
+from sae_jax.counterpart import Counterpart
 
 
 def topk(inputs: Inputs, *, k: int | Array = 32, k_max: float) -> select.Selection:
@@ -20,12 +29,18 @@ def topk(inputs: Inputs, *, k: int | Array = 32, k_max: float) -> select.Selecti
     return select.rows(inputs.encoder, k, count_max=math.ceil(k_max))
 
 
+def export(params: Params, state: State, *, k: int) -> Counterpart:
+    """The k of now, rounded up as in encoding."""
+    return Counterpart("largest", settings={"k": math.ceil(k)})
+
+
 register(
     Rule(
         name="topk",
         paper="Gao et al. 2024 (arXiv:2406.04093)",
         decides="the k largest pre-activations of each row",
         encode=from_selection(topk),
+        export=export,
         example={"k": 4},
         knob="k",
         budget="k",
