@@ -165,11 +165,20 @@ class Dictionary:
             faults.append("expansion=0 leaves no features; give at least 1.")
         checks.raise_all(faults)
 
-    def make(self, rule: str, width: int, target: int | None = None) -> SAE:
-        """The SAE for activations of this width, or a transcoder."""
+    def make(
+        self,
+        rule: str,
+        width: int,
+        target: int | None = None,
+        n_features: int | None = None,
+    ) -> SAE:
+        """The SAE for activations of this width, or a transcoder.
+
+        `n_features` is in place of the size that all have.
+        """
         return SAE(
             d_in=width,
-            n_features=self.n_features or self.expansion * width,
+            n_features=n_features or self.n_features or self.expansion * width,
             rule=rule,
             d_out=target,
             treatment=self.treatment,

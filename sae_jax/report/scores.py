@@ -236,10 +236,10 @@ SCORES = {
 }
 
 
-def scores_text(rows: Sequence[Row]) -> str:
+def scores_text(rows: Sequence[Row], scores: Mapping[str, Score] = SCORES) -> str:
     """All scores as aligned text, a line each, and a column for every SAE."""
     shown = [
-        s for n, s in SCORES.items() if any(row.get(n) is not None for row in rows)
+        s for n, s in scores.items() if any(row.get(n) is not None for row in rows)
     ]
     heads = [f"{s.heading}, {s.unit}" if s.unit else s.heading for s in shown]
     columns = [[row["name"], *(s.show(row) for s in shown)] for row in rows]
