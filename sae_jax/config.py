@@ -176,9 +176,11 @@ class Dictionary:
 
         `n_features` is in place of the size that all have.
         """
+        size = self.n_features or self.expansion * width
+        size = size if n_features is None else n_features
         return SAE(
             d_in=width,
-            n_features=n_features or self.n_features or self.expansion * width,
+            n_features=size,
             rule=rule,
             d_out=target,
             treatment=self.treatment,

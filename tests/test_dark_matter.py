@@ -50,9 +50,9 @@ def test_a_planted_linear_and_a_sine_error_are_told_apart():
     assert abs(scores["fvu_nonlinear"] / share - 1) < 0.2
     assert 0.6 < scores["fvu"] < 1.1
     assert 0.93 < scores["error_vector_r2"] < 0.98
-    for name in ("vector", "norm"):
-        assert abs(scores[f"error_{name}_r2_by_chance"]) < 0.25
     assert abs(scores["error_vector_r2_by_chance"]) < 0.05
+    # Below 0: without intercept, rows that are not its own say less than the mean.
+    assert scores["error_norm_r2_by_chance"] < 0
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -102,7 +102,10 @@ def test_scores_on_the_rows_that_were_fitted_would_flatter():
 
 
 def test_a_large_mean_lets_a_map_without_intercept_say_what_is_constant():
-    """The mean of ||e||^2 is no linear function of centred rows."""
+    """The mean of ||e||^2 is no linear function of centred rows.
+
+    It costs some of the first coordinate's slope, 2, which the four others take back.
+    """
     r2 = {}
     for mean in (0.0, 30.0):
         rng = np.random.default_rng(0)
@@ -112,7 +115,7 @@ def test_a_large_mean_lets_a_map_without_intercept_say_what_is_constant():
         for intercept in (False, True):
             found = of_rows(x, x - error, halves(4000), intercept=intercept)
             r2[mean, intercept] = found.scores["error_norm_r2"]
-    assert r2[0.0, False] < 0 < 0.9 < r2[30.0, False]
+    assert r2[0.0, False] < 0 < 0.75 < r2[30.0, False]
     assert abs(r2[0.0, True] - r2[30.0, True]) < 1e-6
     assert r2[0.0, True] > 0.9
 
@@ -150,6 +153,13 @@ def evaluator(n=24):
     return Evaluator(toy_lm(), held_out(n, skip=1), contexts_per_pass=8)
 
 
+def both_halves(heldout):
+    """The used rows of the first contexts and of the last, and which are the first."""
+    halves = heldout.halves()
+    x = [values_at(half, SITE)[half.use] for half in halves]
+    return jnp.asarray(np.concatenate(x)), np.arange(len(x[0]) + len(x[1])) < len(x[0])
+
+
 @pytest.mark.parametrize("treatment", ["none", "scale", "standardise"])
 def test_the_parts_are_put_back_into_the_model(treatment):
     """Against the oracle on the rows, and each context given to the model alone."""
@@ -157,13 +167,12 @@ def test_the_parts_are_put_back_into_the_model(treatment):
     variables = sae.init(jax.random.key(4), sample=jnp.ones((4, 16)))
     found = dark_matter(evaluator(), sae, variables, SITE)
     heldout = held_out(24, skip=1)
-    first, second = heldout.halves()
-    assert [len(half.tokens) for half in (first, second)] == [12, 12]
-    x, y = (values_at(half, SITE) for half in (first, second))
-    both = np.concatenate([x[first.use], y[second.use]])
-    x_hat = sae.apply(variables, jnp.asarray(both)).x_hat
-    fitted = np.arange(len(both)) < first.use.sum()
-    expected, linear = oracles.dark_matter(both, np.asarray(x_hat), fitted)
+    _, second = heldout.halves()
+    assert len(second.tokens) == 12
+    both, fitted = both_halves(heldout)
+    x_hat = sae.apply(variables, both).x_hat
+    expected, linear = oracles.dark_matter(np.asarray(both), np.asarray(x_hat), fitted)
+    y = values_at(second, SITE)
     for name, value in expected.items():
         np.testing.assert_allclose(found.scores[name], value, rtol=1e-3, atol=1e-4)
     held = {name: y.copy() for name in ("clean", "spliced", "linear", "nonlinear")}
@@ -202,8 +211,16 @@ def test_no_error_loses_nothing_and_an_error_of_all_is_linear():
 def test_every_rule_has_its_error_split_and_its_dictionary_searched(name):
     rule = sae_jax.RULES[name]
     sae, variables = contract.build(bind(rule, rule.example))
-    for way in (None, partial(gradient_pursuit.reconstruct, sae, variables)):
+    x, fitted = both_halves(evaluator().heldout)
+    pursuit = partial(gradient_pursuit.reconstruct, sae, variables)
+    every_row = jnp.ones(len(x), bool)
+    for way, x_hat in (
+        (None, sae.apply(variables, x).x_hat),
+        (pursuit, pursuit(x, every_row)),
+    ):
         found = dark_matter(evaluator(), sae, variables, SITE, reconstruct=way).scores
         assert np.isfinite([*found.values()]).all()
+        expected, _ = oracles.dark_matter(np.asarray(x), np.asarray(x_hat), fitted)
+        for score, value in expected.items():
+            np.testing.assert_allclose(found[score], value, rtol=1e-3, atol=1e-4)
         assert found["loss_with_linear"] != found["loss_spliced"]
-        assert found["error_vector_r2"] > found["error_vector_r2_by_chance"]

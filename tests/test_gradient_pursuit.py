@@ -10,8 +10,8 @@ from sae_jax.analysis.gradient_pursuit import pursue, reconstruct
 from tests import analysis_oracles as oracles
 
 
-def dictionary(n, width, seed=0):
-    atoms = np.random.default_rng(seed).normal(size=(n, width))
+def dictionary(n, width, seed=0, mean=0.0):
+    atoms = np.random.default_rng(seed).normal(size=(n, width)) + mean
     return atoms / np.linalg.norm(atoms, axis=1, keepdims=True)
 
 
@@ -24,9 +24,9 @@ def pursued(x, atoms, budgets, budget_max=None):
 
 @pytest.mark.usefixtures("x64")
 def test_codes_are_those_of_the_loop_row_by_row():
-    """With so few dimensions features drop out again, and others are chosen twice."""
+    """With features so alike some drop out again, and others are chosen twice."""
     rng = np.random.default_rng(1)
-    atoms, x = dictionary(14, 6), rng.normal(size=(40, 6))
+    atoms, x = dictionary(30, 6, mean=1), rng.normal(size=(40, 6))
     x[7] = 0  # a step of 0 / 0
     budgets = rng.integers(0, 12, 40)
     slow = oracles.gradient_pursuit(x, atoms, budgets)

@@ -227,7 +227,9 @@ def require_autoencoder(sae: SAE) -> None:
         )
 
 
-def _targets(x: np.ndarray, x_hat: np.ndarray) -> Float[np.ndarray, "B D+1"]:
+def _targets(
+    x: Float[np.ndarray, "B D"], x_hat: Float[np.ndarray, "B D"]
+) -> Float[np.ndarray, "B D+1"]:
     """The error of rows and its squared norm, float64."""
     error = x.astype(np.float64) - x_hat
     return np.concatenate([error, np.square(error).sum(1, keepdims=True)], 1)

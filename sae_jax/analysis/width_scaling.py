@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from scipy.optimize import OptimizeWarning, curve_fit
 
 from sae_jax.analysis.least_squares import Explained, Sums
@@ -39,7 +39,7 @@ class Law(NamedTuple):
     c_error: float
     m_error: float
 
-    def __call__(self, widths: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    def __call__(self, widths: Num[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """The law at some widths."""
         return self.c + self.a * np.asarray(widths, np.float64) ** -self.m
 
