@@ -19,7 +19,7 @@ Note:     the law of widths is meant at one sparsity: train with a rule whose L0
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -99,13 +99,14 @@ class Config(Training):
     def audited(self) -> audit.Config:
         """The settings of an audit of the finished ones."""
         shared = [f.name for part in (ModelConfig, TextConfig) for f in fields(part)]
-        return audit.Config(
-            **{name: getattr(self, name) for name in shared}
-            | {"dataset": self.evaluation.dataset or self.dataset},
+        finished = audit.Config(**{name: getattr(self, name) for name in shared})
+        return replace(
+            finished,
             sae=self.saes,
             rule_files=self.rule_files,
             site=self.site,
             out=self.out,
+            dataset=self.evaluation.dataset or self.dataset,
             part=self.evaluation.part,
             contexts=self.evaluation.contexts,
             contexts_per_pass=self.data.contexts_per_pass,

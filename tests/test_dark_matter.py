@@ -164,7 +164,7 @@ def both_halves(heldout):
 def test_the_parts_are_put_back_into_the_model(treatment):
     """Against the oracle on the rows, and each context given to the model alone."""
     sae = SAE(16, 64, rule="topk(k=3)", treatment=treatment)
-    variables = sae.init(jax.random.key(4), sample=jnp.ones((4, 16)))
+    variables = sae.init(jax.random.key(4), sample=0.2 * jnp.ones((4, 16)))
     found = dark_matter(evaluator(), sae, variables, SITE)
     heldout = held_out(24, skip=1)
     _, second = heldout.halves()

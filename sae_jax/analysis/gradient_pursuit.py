@@ -53,7 +53,8 @@ def pursue(
         r = x - jnp.einsum("bk,bkd->bd", values, chosen)
         best = jnp.argmax(r @ atoms.T, axis=1)[:, None]
         known = (indices == best).any(1, keepdims=True)
-        indices = jnp.where((slots == t) & ~known, best, indices)
+        indices = jnp.where(slots == t, best, indices)
+        # A slot of zeros where the atom has one already: its value stays 0.
         chosen = chosen.at[:, t].set(jnp.where(known, 0, atoms[best[:, 0]]))
         support = (values != 0) | (indices == best)
         g = jnp.where(support, jnp.einsum("bd,bkd->bk", r, chosen), 0)

@@ -106,9 +106,8 @@ class Explained:
         """The squared distances from the mean; 0 for a column that is constant."""
         if self._origin is None:
             raise ValueError("No rows were added that could be scored.")
-        found = np.asarray(self._square - np.square(self._sum) / self.n_rows)
-        rounding = self.n_rows * np.square(1e-12 * self._origin)
-        return np.where(found > rounding, found, 0.0)
+        found = self._square - np.square(self._sum) / self.n_rows
+        return np.maximum(found, 0)  # rounding could be below
 
     def r2(self) -> float:
         """`1 - squared error / spread` of each column, mean over those that vary."""
