@@ -50,6 +50,7 @@ class Wanted(NamedTuple):
     target: str | None = None
     seed: int = 0
     lr: float | None = None
+    n_features: int | None = None
 
 
 @dataclass
@@ -179,7 +180,7 @@ class Config(ModelConfig, TextConfig):
     def make(self, w: Wanted, widths: dict[str, int]) -> Member:
         """The member that one wish stands for."""
         target = None if w.target is None else widths[w.target]
-        sae = self.sae.make(w.rule, widths[w.site], target)
+        sae = self.sae.make(w.rule, widths[w.site], target, w.n_features)
         return Member(sae, w.site, w.target, w.seed, lr=w.lr)
 
     def members(self, widths: dict[str, int]) -> dict[str, Member]:
@@ -192,6 +193,7 @@ class Config(ModelConfig, TextConfig):
             parts += [w.site] * (len({v.site for v in wanted}) > 1)
             parts += [f"seed{w.seed}"] * (len({v.seed for v in wanted}) > 1)
             parts += [] if w.lr is None else [f"lr{w.lr:g}"]
+            parts += [] if w.n_features is None else [f"F{w.n_features}"]
             name = "-".join(parts)
             if name in members:  # specs that differ in another argument
                 name = f"{name}-{len(members)}"
@@ -209,8 +211,7 @@ class Config(ModelConfig, TextConfig):
         return estimates(self)
 
 
-@dataclass
-class Result:
+class Result(NamedTuple):
     """What a run gives: the SAEs, and what their last evaluation found."""
 
     trained: dict[str, TrainedSAE]

@@ -2,8 +2,8 @@
 
 Answers of SAEs that somebody trained, here or elsewhere: how well do they reconstruct,
 what do they cost the language model, do they activate too much or too little, how near
-to orthogonal are their directions, what do their features stand for, and how far do
-several agree.
+to orthogonal are their directions, how much of their error is linear, what do their
+features stand for, and how far do several agree.
 
 Command:  python launch.py --experiment=audit --sae=runs/demo/saes/topk-k200
           several by commas; --lm, --dataset and --site for SAEs that do not say them
@@ -20,8 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
+from experiments._dark_matter import errors_of
 from experiments._dictionaries import agreements, coherence_scores
 from experiments._report import rows_of, write_report
+from experiments._training import Result
 from sae_jax import report
 from sae_jax.config import Evaluating, ModelConfig, Reporting, TextConfig
 from sae_jax.evaluation import Evaluator, HeldOut
@@ -50,6 +52,16 @@ class Config(ModelConfig, TextConfig):
     part: Annotated[Part, "which documents to audit on, by a hash of names"] = "heldout"
     contexts: Annotated[int, "how many contexts of them"] = 128
     contexts_per_pass: Annotated[int, "contexts that the model reads at once"] = 16
+    dark_matter: Annotated[
+        bool,
+        "split the error in a linear and a nonlinear part, fitted on half of the "
+        "contexts; costs the model 2.5 passes over all, where all else costs 2 an SAE",
+    ] = True
+    pursuit: Annotated[
+        bool,
+        "with it, other codes of the same L0 by gradient pursuit; costs L0 times as "
+        "much as encoding, and the 2.5 passes again",
+    ] = False
     report: Reporting = Reporting(browse=8)
 
     def faults(self) -> Iterator[str]:
@@ -109,8 +121,8 @@ def opened(folders: tuple[str, ...]) -> dict[str, TrainedSAE]:
     return {"/".join(path.parts[-depth:]): load(path) for path in paths}
 
 
-def run(config: Config) -> None:
-    """Measures, prints, and writes the report."""
+def measure(config: Config) -> Result:
+    """Opens the SAEs and measures them; their `about` says where."""
     saes = opened(config.sae)
     tokenizer, lm = config.open_tokenizer(), config.open_lm()
     for name, one in saes.items():
@@ -134,18 +146,32 @@ def run(config: Config) -> None:
         found = evaluator(one.sae, one.variables, site, target_site=target)
         scores = found.scores | coherence_scores(one)
         evaluations[name] = found._replace(scores=scores)
+    return Result(known, evaluations, evaluator, tokenizer)
+
+
+def run(config: Config) -> None:
+    """Measures, prints, and writes the report."""
+    saes = opened(config.sae)
+    known, evaluations, evaluator, tokenizer = measure(config)
     # Of one that diverged there is nothing to look into.
     whole = [n for n, e in evaluations.items() if math.isfinite(e.scores["nmse"])]
     out = Path(config.out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     rows = rows_of(known, evaluations)
+    n_tokens = int(evaluator.heldout.use.sum())
     summary = (
-        f"Measured on {int(heldout.use.sum()):,} tokens of {config.dataset} (part: "
+        f"Measured on {n_tokens:,} tokens of {config.dataset} (part: "
         f"{config.part}). Language model: {config.lm}."
     )
     notes = {"All scores": report.scores_text(rows)}
     if remarks := "\n".join(what_to_know(config, saes)):
         notes["Note"] = remarks
+    if config.dark_matter:
+        dark = errors_of(
+            {name: known[name] for name in whole}, evaluator, pursuit=config.pursuit
+        )
+        notes["Linear and nonlinear error"] = dark.text()
+        rows = dark.beside(rows)
     if agreeing := agreements({name: known[name] for name in whole}):
         notes["Agreement of dictionaries"] = agreeing
     text = "\n\n".join([summary, *notes.values()])

@@ -165,11 +165,22 @@ class Dictionary:
             faults.append("expansion=0 leaves no features; give at least 1.")
         checks.raise_all(faults)
 
-    def make(self, rule: str, width: int, target: int | None = None) -> SAE:
-        """The SAE for activations of this width, or a transcoder."""
+    def make(
+        self,
+        rule: str,
+        width: int,
+        target: int | None = None,
+        n_features: int | None = None,
+    ) -> SAE:
+        """The SAE for activations of this width, or a transcoder.
+
+        `n_features` is in place of the size that all have.
+        """
+        size = self.n_features or self.expansion * width
+        size = size if n_features is None else n_features
         return SAE(
             d_in=width,
-            n_features=self.n_features or self.expansion * width,
+            n_features=size,
             rule=rule,
             d_out=target,
             treatment=self.treatment,

@@ -73,6 +73,39 @@ def test_an_audit_has_every_measure_and_a_report(tmp_path, capsys):
         assert (tmp_path / "out" / "figures" / f"{figure}.png").stat().st_size > 5000
 
 
+def test_errors_are_split_and_what_cannot_be_is_said(tmp_path, capsys):
+    saes = [saved(tmp_path / f"a{n}", "topk(k=8)", seed=n) for n in (0, 1)]
+    config = configured(tmp_path / "out", *saes, contexts=8, pursuit=True)
+    report = dataclasses.replace(config.report, browse=0)
+    audit.run(dataclasses.replace(config, report=report))
+    said = capsys.readouterr().out
+    lines = {line[:33].strip(): line.split()[-2:] for line in said.splitlines()}
+    fvu, rest, shuffled, pursuit = (
+        np.array([number(v) for v in lines[name]])
+        for name in (
+            "FVU",
+            "FVU, nonlinear error",
+            "R2 of error from shuffled rows",
+            "FVU, gradient pursuit",
+        )
+    )
+    assert (rest < fvu).all()
+    assert (shuffled < 0.1).all()
+    assert (pursuit < fvu).all()
+    with (tmp_path / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [f"{float(row['dark_fvu']):.4f}" for row in rows] == lines["FVU"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Linear and nonlinear error" in page
+    halves = re.search(r"first half of the contexts, (\d+) .* second, (\d+)", page)
+    assert all(480 < int(n) <= 508 for n in halves.groups())  # less BOS
+    few = dataclasses.replace(config, contexts=3, report=report)
+    audit.run(few)
+    assert re.search(r"a1 is left out: 12\d rows to fit", capsys.readouterr().out)
+    audit.run(dataclasses.replace(few, dark_matter=False))
+    assert "left out" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [

@@ -6,6 +6,7 @@ import importlib
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,6 +36,13 @@ TINY = {
 SAES = {
     "demo": ({}, 3),
     "train": ({"rule": "jump_relu(coef=0.001)", "site": "mlp_out.1"}, 1),
+    "dark_matter": (
+        {
+            **dict(rule="topk(k=4)", widths="16,32,64,128", pursuit="false"),
+            **{"config.evaluation.contexts": "8"},
+        },
+        4,
+    ),
     "frontier": (
         {"rules": "gradient_topk(k=8),relu", "factors": "0.5,2", "seeds": "3,4"},
         8,
@@ -96,6 +104,45 @@ def test_an_experiment_leaves_all_that_it_promises(name, tmp_path, capsys):
         assert f">{part}</h2>" in page
     for figure in ("curves", "frontier", "zf", "violins", "density"):
         assert (tmp_path / "figures" / f"{figure}.png").stat().st_size > 5000
+
+
+def test_errors_over_widths_of_finished_saes(tmp_path, capsys):
+    """Untrained ones, at a site that only they name, with pursuit."""
+    dark = importlib.import_module("experiments.dark_matter")
+    for width in (64, 128, 256, 512):
+        sae = sae_jax.SAE(192, width, rule="topk(k=8)")
+        about = {"site": "mlp_out.1", "lm": "embedded"}
+        variables = sae.init(jax.random.key(0))
+        one = sae_jax.TrainedSAE(sae, variables, about)
+        one.save(tmp_path / f"run/saes/F{width}")
+    given = {"saes": str(tmp_path / "run"), "out": str(tmp_path / "out")}
+    given |= {"config.evaluation.contexts": "8"}
+    config, faults = settings.build(dark.Config(), given)
+    assert faults == []
+    assert config.estimates() == {}
+    dark.run(config)
+    said = capsys.readouterr().out
+    text = (tmp_path / "out" / "dark_matter.txt").read_text()
+    assert text in said
+    assert "F64 is left out" not in text
+    found = json.loads((tmp_path / "out" / "dark_matter.json").read_text())
+    assert [row["n_features"] for row in found["saes"]] == [64, 128, 256, 512]
+    for row in found["saes"]:
+        assert 0 < row["pursuit_fvu"] < row["fvu"]
+    assert {*found["laws"], *found["no_law"]} == {
+        "fvu",
+        "fvu_nonlinear",
+        "pursuit_fvu_nonlinear",
+    }
+    assert [*found["tokens"]] == ["F128", "F256", "F512"]
+    assert all(one["r2"] > 0.3 > one["by_chance"] for one in found["tokens"].values())
+    assert (tmp_path / "out" / "figures" / "dark_matter.png").stat().st_size > 5000
+    assert ">Over widths</h2>" in (tmp_path / "out" / "report.html").read_text()
+    given["saes"] += ",/no/such"
+    assert "/no/such does not exist" in str(settings.build(dark.Config(), given)[1])
+    few = {"config.evaluation.contexts": "4", "out": str(tmp_path / "new")}
+    faults = settings.build(dark.Config(), few)[1]
+    assert "contexts=4 are 256 tokens to fit a map of 192" in str(faults)
 
 
 def test_the_papers_comparison_is_written_beside_the_report(tmp_path, capsys):

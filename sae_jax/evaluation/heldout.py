@@ -35,9 +35,9 @@ Logits never leave the device, and those of one pass are there at a time: two fl
 arrays [contexts * T, vocabulary], and while they are compared (on a CPU) two more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,7 @@ from sae_jax.variables import Variables
 
 GAP = ("l0", "nmse", "dead", "loss_spliced", "loss_recovered", "kl_spliced")
 WITH_GRADIENTS = "_with_gradients"
+Rows: TypeAlias = Float[Array, "BT D"]
 
 
 class HeldOut(NamedTuple):
@@ -102,12 +103,25 @@ class HeldOut(NamedTuple):
                 "or skipped. Read more of them, or lower the packing's skip."
             )
 
+    def halves(self) -> tuple["HeldOut", "HeldOut"]:
+        """The first contexts and the last; to fit on some tokens and score on others.
+
+        Not every other one: where a document goes on from a context into the next, at
+        most one is in both halves.
+        """
+        n = len(self.tokens) // 2
+        return HeldOut(*(a[:n] for a in self)), HeldOut(*(a[n:] for a in self))
+
     def passes(self, n: int) -> Iterator["HeldOut"]:
         """`n` contexts at a time; the last ones are joined by padding up to `n`."""
         missing = -len(self.tokens) % n
         whole = [np.pad(array, ((0, missing), (0, 0))) for array in self]
         for start in range(0, len(whole[0]), n):
             yield HeldOut(*(array[start : start + n] for array in whole))
+
+
+# From the rows of a pass, by site, and its contexts: rows under names.
+Make: TypeAlias = Callable[[dict[str, Rows], HeldOut], Mapping[str, Rows]]
 
 
 class Baseline(NamedTuple):
@@ -163,19 +177,17 @@ class Evaluator:
         aim = site if target_site is None else target_site
         baseline = self._baseline(aim)
         measurement = Measurement(sae, variables, baseline.mean)
-        total = np.zeros(2)
-        for part in self._passes:
-            clean = self._clean(part, site, aim)
-            values = clean.values
+
+        def spliced(rows: dict[str, Rows], part: HeldOut) -> dict[str, Rows]:
             x_hat = measurement.add(
-                _rows(values[site]),
-                target=_rows(values[aim]) if target_site is not None else None,
+                rows[site],
+                target=rows[aim] if target_site is not None else None,
                 grad_x=self._gradients(part, site) if gradients else None,
                 mask=part.use.reshape(-1),
             )
-            x_hat = x_hat.reshape(values[aim].shape)
-            total += self._changed(part, clean, aim, x_hat)
-        scores = {**baseline.scores, **self._means("spliced", total)}
+            return {"spliced": x_hat}
+
+        scores = baseline.scores | self.splice(aim, spliced, read=(site,))
         for name, ruin in (("", "loss_zero"), ("_mean", "loss_mean")):
             scores[f"loss_recovered{name}"] = ratio(
                 scores[ruin] - scores["loss_spliced"],
@@ -184,6 +196,30 @@ class Evaluator:
         evaluation = measurement.finish()
         return evaluation._replace(scores={**evaluation.scores, **scores})
 
+    def splice(
+        self, site: str, make: Make, *, read: tuple[str, ...] = ()
+    ) -> dict[str, float]:
+        """`loss_clean`, and loss and divergence with other rows at a site.
+
+        `make` is given the rows of a pass, of `site` and of those in `read`, and the
+        contexts that they are of. Each array that it gives is put at `site` by itself;
+        its name stands in `loss_NAME` and `kl_NAME`.
+        """
+        loss, totals = 0.0, dict[str, np.ndarray]()
+        for part in self._passes:
+            clean = self._clean(part, *read, site)
+            rows = {s: _rows(value) for s, value in clean.values.items()}
+            loss += _summed(clean.losses, part)
+            for name, new in make(rows, part).items():
+                value = new.reshape(clean.values[site].shape)
+                changed = self._changed(part, clean, site, value)
+                totals[name] = totals.get(name, np.zeros(2)) + changed
+        scores = {"loss_clean": self._mean(loss)}
+        for name, (total, divergence) in totals.items():
+            scores[f"loss_{name}"] = self._mean(float(total))
+            scores[f"kl_{name}"] = self._mean(float(divergence))
+        return scores
+
     def _baseline(self, site: str) -> Baseline:
         if site not in self._baselines:
             gathered = Mean()
@@ -191,17 +227,10 @@ class Evaluator:
                 value = self._clean(part, site).values[site]
                 gathered.add(_rows(value), mask=part.use.reshape(-1))
             mean = gathered.finish()
+            zeros = jnp.zeros_like(_rows(value))
             # As large as a reconstruction, so that the model is compiled once for all.
-            zeros = jnp.zeros_like(value)
-            means = zeros + jnp.asarray(mean, value.dtype)
-            loss, zero, instead = 0.0, np.zeros(2), np.zeros(2)
-            for part in self._passes:
-                clean = self._clean(part, site)
-                loss += _summed(clean.losses, part)
-                zero += self._changed(part, clean, site, zeros)
-                instead += self._changed(part, clean, site, means)
-            scores = {"loss_clean": self._mean(loss)}
-            scores |= self._means("zero", zero) | self._means("mean", instead)
+            ruins = {"zero": zeros, "mean": zeros + jnp.asarray(mean, value.dtype)}
+            scores = self.splice(site, lambda *_: ruins)
             self._baselines[site] = Baseline(mean, scores)
         return self._baselines[site]
 
@@ -224,13 +253,6 @@ class Evaluator:
         run = self.lm.run(part.tokens, write={site: edit}, logits=True, losses=True)
         divergences = _divergences(clean.logits, run.logits)
         return np.array([_summed(run.losses, part), _summed(divergences, part)])
-
-    def _means(self, name: str, totals: Float[np.ndarray, "2"]) -> dict[str, float]:
-        loss, divergence = totals
-        return {
-            f"loss_{name}": self._mean(float(loss)),
-            f"kl_{name}": self._mean(float(divergence)),
-        }
 
     def _mean(self, total: float) -> float:
         return ratio(total, int(self.heldout.real[:, 1:].sum()))

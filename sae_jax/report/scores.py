@@ -254,12 +254,14 @@ def gap_text(rows: Sequence[Row]) -> str:
     """What SAEs that need gradients do with and without; empty if there are none."""
     names = [name for pair in GAP for name in (pair, pair + WITH_GRADIENTS)]
     rows = [row for row in rows if GAP[0] + WITH_GRADIENTS in row]
-    return scores_text(rows, names) if rows else ""
+    return scores_text(rows, {name: SCORES[name] for name in names}) if rows else ""
 
 
-def scores_text(rows: Sequence[Row], names: Sequence[str] = tuple(SCORES)) -> str:
+def scores_text(rows: Sequence[Row], scores: Mapping[str, Score] = SCORES) -> str:
     """All scores as aligned text, a line each, and a column for every SAE."""
-    shown = [SCORES[n] for n in names if any(row.get(n) is not None for row in rows)]
+    shown = [
+        s for n, s in scores.items() if any(row.get(n) is not None for row in rows)
+    ]
     heads = [f"{s.heading}, {s.unit}" if s.unit else s.heading for s in shown]
     columns = [[row["name"], *(s.show(row) for s in shown)] for row in rows]
     widths = [max(map(len, column)) for column in columns]
