@@ -190,8 +190,8 @@ class Evaluator:
         """Summed loss and divergence with `value` at the used positions of the site."""
         edit = replace(value, where=jnp.asarray(part.use))
         run = self.lm.run(part.tokens, write={site: edit}, logits=True, losses=True)
-        divergences = _divergences(clean.logits, run.logits)
-        return np.array([_summed(run.losses, part), _summed(divergences, part)])
+        changes = divergences(clean.logits, run.logits)
+        return np.array([_summed(run.losses, part), _summed(changes, part)])
 
     def _means(self, name: str, totals: Float[np.ndarray, "2"]) -> dict[str, float]:
         loss, divergence = totals
@@ -218,7 +218,7 @@ def _rows(value: Float[Array, "B T D"]) -> Float[Array, "BT D"]:
 
 
 @jax.jit
-def _divergences(
+def divergences(
     clean: Float[Array, "B T V"], changed: Float[Array, "B T V"]
 ) -> Float[Array, "B T-1"]:
     """KL(clean || changed) of the prediction of each token but the first."""
