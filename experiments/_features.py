@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_jax.analysis.interpretation.labels import label, summary
 from sae_jax.evaluation import Evaluator
 from sae_jax.evaluation.catalogue import Catalogue, catalogue
 from sae_jax.evaluation.steering import ablate, clamp
@@ -25,6 +26,14 @@ class Shown(NamedTuple):
     browsers: dict[str, Browser]
     zf: dict[str, Points]
     steered: dict[str, dict[int, list[tuple[str, str]]]]
+
+    def labelled(self) -> str:
+        """What the labels of the features are worth."""
+        return "\n\n".join(
+            f"{name}\n{summary(browser.labels)}"
+            for name, browser in self.browsers.items()
+            if browser.labels is not None
+        )
 
 
 def features(
@@ -55,7 +64,7 @@ def features(
             print(f"The features of {name} are not shown: {error}", flush=True)
             continue
         firings = found.firings
-        shown.browsers[name] = Browser(found, texts)
+        shown.browsers[name] = Browser(found, texts, label(firings, texts))
         shown.zf[name] = Points(firings.norm_z, firings.norm_f, firings.tokens, texts)
         # A transcoder has no features of the site that it reads.
         if not one.sae.is_transcoder and evaluator.lm.context >= PROMPT + NEW:

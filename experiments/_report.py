@@ -31,6 +31,7 @@ VIOLINS = (
     "How far the norms of held-out rows and of their codes are apart (epsilon-LBO), "
     "and the squared error of the rows over their squared norms."
 )
+LABELS = "Labels of features, held against text that they were not made from"
 DENSITY = "How often features fire on held-out text."
 GAP = "With and without gradients of the model"
 
@@ -150,7 +151,7 @@ def write_report(
             Figure(folder / "violins.png", VIOLINS),
             Figure(folder / "density.png", DENSITY),
         ],
-        notes=notes,
+        notes={**notes, LABELS: labels} if (labels := shown.labelled()) else notes,
         config=settings,
         about=environment,
         **shown._asdict(),

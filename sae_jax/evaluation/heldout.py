@@ -251,8 +251,8 @@ class Evaluator:
         """Summed loss and divergence with `value` at the used positions of the site."""
         edit = replace(value, where=jnp.asarray(part.use))
         run = self.lm.run(part.tokens, write={site: edit}, logits=True, losses=True)
-        divergences = _divergences(clean.logits, run.logits)
-        return np.array([_summed(run.losses, part), _summed(divergences, part)])
+        changes = divergences(clean.logits, run.logits)
+        return np.array([_summed(run.losses, part), _summed(changes, part)])
 
     def _mean(self, total: float) -> float:
         return ratio(total, int(self.heldout.real[:, 1:].sum()))
@@ -272,7 +272,7 @@ def _rows(value: Float[Array, "B T D"]) -> Float[Array, "BT D"]:
 
 
 @jax.jit
-def _divergences(
+def divergences(
     clean: Float[Array, "B T V"], changed: Float[Array, "B T V"]
 ) -> Float[Array, "B T-1"]:
     """KL(clean || changed) of the prediction of each token but the first."""

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from sae_jax import checks
+from sae_jax.analysis.interpretation.labels import Labels
 from sae_jax.evaluation.catalogue import Catalogue
 from sae_jax.evaluation.firings import Firings
 from sae_jax.report.browser_chunks import Texts, chunk, narrow
@@ -36,10 +37,12 @@ class Browser:
     Attributes:
       catalogue: what is known of each.
       token_texts: the text of each token, for reading; see `token_texts`.
+      labels: what each feature stands for, if that is known.
     """
 
     catalogue: Catalogue
     token_texts: Sequence[str]
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,16 @@ def _columns(name: str, browser: Browser, texts: Texts) -> str:
     )
     strongest = at_examples[:, : c.groups[0][1]]
     raised = strongest[:, :0] if c.raised is None else c.raised
+    labels: dict[str, np.ndarray] = {}
+    if browser.labels is not None:
+        labels = {
+            "label": texts.words(browser.labels.text),
+            "detection": browser.labels.detection.astype(np.float32),
+            "fuzzing": browser.labels.fuzzing.astype(np.float32),
+        }
     return chunk(
         name,
+        **labels,
         density=c.density.astype(np.float32),
         strength=c.strength.astype(np.float32),
         norm_ratio=c.norm_ratio.astype(np.float32),

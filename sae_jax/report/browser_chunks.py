@@ -69,8 +69,12 @@ class Texts:
             "" if i < 0 else token_texts[i] if i < len(token_texts) else f"[{i}]"
             for i in used.tolist()
         ]
+        return self.words(texts)[inverse].reshape(tokens.shape)
+
+    def words(self, texts: Sequence[str]) -> UInt[np.ndarray, " n"]:
+        """Where each of these texts stands in the page's list."""
         places = [self._places.setdefault(t, len(self._places)) for t in texts]
-        return narrow(np.array(places, np.int64)[inverse].reshape(tokens.shape))
+        return narrow(np.array(places, np.int64))
 
     def contexts(
         self, tokens: Int[np.ndarray, "N T"], token_texts: Sequence[str]

@@ -16,8 +16,14 @@ function tokenOf(column, feature) {
   return texts[rowOf(list.columns[column], sae().n_features, feature)[0] ?? 0];
 }
 
+// Not every page has labels.
+function labelOf(feature) {
+  return list.columns.label ? texts[list.columns.label[feature]] : "";
+}
+
 function keyOf(feature) {
   if (list.sort === "feature") return feature;
+  if (list.sort === "label") return labelOf(feature);
   const text = list.sort === "strongest" || list.sort === "raised";
   return text ? tokenOf(list.sort, feature) : list.columns[list.sort][feature];
 }
@@ -31,13 +37,14 @@ const FILTERS = { // with the bounds that browser.html names
 
 // The features to list: filtered, searched, sorted; one that is named comes first.
 function arrange() {
-  const { n_features } = sae(), { strongest, raised } = list.columns;
+  const { n_features } = sae(), { strongest, raised, label } = list.columns;
   const query = at("search").value.trim().toLowerCase().replaceAll("·", " ");
   const named = /^\d+$/.test(query) ? Number(query) : -1;
   const hits = lowercase.map(text => text.includes(query));
   const found = feature => feature === named ||
     rowOf(strongest, n_features, feature).some(place => hits[place]) ||
-    rowOf(raised, n_features, feature).some(place => hits[place]);
+    rowOf(raised, n_features, feature).some(place => hits[place]) ||
+    (label !== undefined && hits[label[feature]]);
   const passes = FILTERS[at("filter").value];
   const order = [];
   for (let feature = 0; feature < n_features; feature++) {
@@ -66,7 +73,7 @@ function drawRows() {
   const first = Math.max(0, Math.floor(box.scrollTop / ROW) - SPARE);
   const last = Math.min(n, first + Math.ceil(box.clientHeight / ROW) + 2 * SPARE);
   const spacer = rows => make("tr", { role: "presentation" },
-    make("td", { class: "spacer", style: `height: ${rows * ROW}px`, colspan: 7 }));
+    make("td", { class: "spacer", style: `height: ${rows * ROW}px`, colspan: 8 }));
   const rows = list.order.slice(first, last).map((f, i) => drawRow(f, first + i));
   table.tBodies[0].replaceChildren(spacer(first), ...rows, spacer(n - last));
   table.setAttribute("aria-rowcount", n + 1);
@@ -85,6 +92,7 @@ function drawRow(feature, place) {
   for (const column of ["strongest", "raised"]) {
     row.append(make("td", { class: "token" }, visible(tokenOf(column, feature))));
   }
+  row.append(make("td", {}, labelOf(feature)));
   row.addEventListener("click", () => open(feature));
   return row;
 }
@@ -147,9 +155,15 @@ async function showDetail(feature) {
     "norm ratio": number(norm_ratio[feature]), highest: number(highest[feature]),
   };
   const title = make("h3", { tabindex: -1 }, `Feature ${feature}`);
+  const { detection, fuzzing } = list.columns;
+  if (detection) Object.assign(figures, {
+    "label: detection": number(detection[feature]),
+    "label: fuzzing": number(fuzzing[feature]),
+  });
   const pairs = Object.entries(figures).map(([name, value]) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, value)));
-  at("detail").replaceChildren(title, make("dl", { class: "figures" }, ...pairs));
+  at("detail").replaceChildren(title, make("p", { class: "stands-for" }, labelOf(feature)),
+    make("dl", { class: "figures" }, ...pairs));
   if (density[feature] > 0) {
     at("detail").append(make("h4", {}, "Activations"),
       histogram(of("histogram"), highest[feature]));
