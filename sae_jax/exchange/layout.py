@@ -157,7 +157,7 @@ def assembled(path: Path, foreign: Foreign) -> TrainedSAE:
             d_out=W_dec.shape[1] if foreign.transcoder else None,
             treatment=foreign.treatment,
             centre=_unless(rule.centres or foreign.transcoder, foreign.centre),
-            encoder_bias=_unless(rule.reads_b_enc, True),
+            encoder_bias=_unless(rule.reads_b_enc, True) if "b_enc" in arrays else None,
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

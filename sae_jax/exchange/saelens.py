@@ -44,6 +44,7 @@ WRITTEN_FOR = "6.54.12"
 # model itself computes.
 AS_IT_IS = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed"), False)
 
+OFF_UNIT = 1e-4
 SCALED = "expected_average_only_in"
 TREATMENTS: dict[str, Treatment] = {
     SCALED: "none",
@@ -113,6 +114,10 @@ def read(place: Place) -> TrainedSAE:
         architecture=architecture,
     )
     settings = {name: config.get(name) for name in known.get("settings", [])}
+    if tied:
+        _require_unit_rows(weights, given["W_dec"])
+        if settings["max_iterations"] is None:
+            settings["max_iterations"] = sizes["D_in"]
     treatment = TREATMENTS[config["normalize_activations"]]
     foreign = Foreign(
         known["kind"], given, settings, centre, about, treatment, transcoder
@@ -173,6 +178,16 @@ def _scaling_factor(path: Path, held: Any) -> None:
         raise ValueError(
             f"{path}: its scaling_factor, of a finetuning, is not 1 throughout; fold "
             f"it into the weights first."
+        )
+
+
+def _require_unit_rows(path: Path, W_dec: np.ndarray) -> None:
+    """Its pursuit takes d . r for a coefficient, whatever the norm of d."""
+    off = np.abs(np.linalg.norm(W_dec.astype(np.float64), axis=1) - 1).max()
+    if off > OFF_UNIT:
+        raise ValueError(
+            f"{path}: a row of W_dec has a norm that is {off:.2g} from 1. Ours divides "
+            f"by the norms of rows where theirs does not; needed are rows of norm 1."
         )
 
 

@@ -81,6 +81,7 @@ register(
         name="feature_choice",
         paper="Ayonrinde 2024 (arXiv:2411.02124)",
         decides="the best rows of each feature; later a threshold of each feature",
+        export=over_batch.export,
         encode=feature_choice,
         init=init,
         underused=zipf.underused,

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sae_jax import products, select
-from sae_jax.contract import Inputs, Rule, budget_faults, from_selection, register
+from sae_jax.contract import (
+    Inputs,
+    Params,
+    Rule,
+    State,
+    budget_faults,
+    from_selection,
+    register,
+)
+from sae_jax.counterpart import Counterpart
 
 Mode = Literal["add", "attribution"]
 
@@ -85,12 +94,18 @@ def faults(n_features: int, *, k: float, beta: float, mode: Mode) -> Iterable[st
         yield "beta=0 leaves mode='attribution' nothing to rank by; give beta=1."
 
 
+def export(params: Params, state: State, *, k: int) -> Counterpart:
+    """What it is to new text, which comes without gradients."""
+    return Counterpart("largest", settings={"k": math.ceil(k)})
+
+
 register(
     Rule(
         name="gradient_topk",
         paper="Olmo et al. 2024 (arXiv:2411.10397)",
         decides="the k largest of pre-activation times effect on the model's loss",
         encode=from_selection(gradient_topk),
+        export=export,
         example={"k": 4, "beta": 1.0},
         knob="k",
         budget="k",

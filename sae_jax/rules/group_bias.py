@@ -22,6 +22,7 @@ from sae_jax.contract import (
     Weights,
     register,
 )
+from sae_jax.counterpart import Counterpart
 
 
 def group_bias(
@@ -172,6 +173,16 @@ def weights(params: Params, state: State) -> Weights:
     return Weights(W, b_enc, params["scale"][:, None] * W, params["b_dec"])
 
 
+def export(
+    params: Params, state: State, *, form: Literal["jump", "relu"]
+) -> Counterpart:
+    """With the biases of now: as an encoder's, or as thresholds of the products."""
+    b_enc = state["unit"] * state["bias"]
+    if form == "relu":
+        return Counterpart("positive")
+    return Counterpart("above", {"threshold": -b_enc, "b_enc": jnp.zeros_like(b_enc)})
+
+
 def faults(
     n_features: int, *, highest: float, lowest: float, groups: int, every: int
 ) -> Iterable[str]:
@@ -194,6 +205,7 @@ register(
         knob="highest",
         init=init,
         weights=weights,
+        export=export,
         fold=None,
         faults=faults,
         needs=frozenset({"autoencoder"}),

@@ -16,6 +16,7 @@ from sae_jax.contract import (
     budget_faults,
     register,
 )
+from sae_jax.counterpart import Counterpart
 
 
 def matching_pursuit(
@@ -87,6 +88,21 @@ def fold(params: Params, scale_in: Array, scale_out: Array) -> Params:
     return {name: param / scale_out for name, param in params.items()}
 
 
+def export(
+    params: Params, state: State, *, k: float, tau: float, until_repeat: bool
+) -> Counterpart:
+    """Rows of norm 1, as others need them; codes then count in units of those."""
+    W_dec = params["W_dec"]
+    lengths = jnp.linalg.norm(W_dec, axis=1, keepdims=True)
+    settings = {
+        "max_iterations": math.ceil(k),
+        "residual_threshold": tau,
+        "stop_on_duplicate_support": until_repeat,
+    }
+    arrays = {"W_dec": W_dec / jnp.where(lengths > 0, lengths, 1)}
+    return Counterpart("pursuit", arrays, settings)
+
+
 register(
     Rule(
         name="matching_pursuit",
@@ -97,6 +113,7 @@ register(
         weights=weights,
         fold=fold,
         lengths=("tau",),
+        export=export,
         example={"k": 4},
         knob="k",
         budget="k",

@@ -68,6 +68,7 @@ register(
         name="mutual_choice",
         paper="Ayonrinde 2024 (arXiv:2411.02124)",
         decides="the k * B largest pre-activations of the batch; later a threshold",
+        export=over_batch.export,
         encode=mutual_choice,
         init=init,
         underused=zipf.underused,

@@ -133,6 +133,7 @@ register(
         budget="k",
         init=init,
         fold=fold,
+        export="Its codes keep their sign, which no format that is written has.",
         faults=budget_faults,
         needs=frozenset({"key"}),
         signed=True,
