@@ -159,7 +159,7 @@ def mask_of_each(
             return above | (level & jnp.expand_dims(room > 0, axis))
 
         partly = (room > 0) & (room < n_level)
-        return jax.lax.cond(mesh.for_any(partly.any()), some, all_or_none, None)
+        return jax.lax.cond(partly.any(), some, all_or_none, None)
 
     of_counts = mesh.FEATURES if along == DATA else ROWS
     return mesh.on_each(part, (CODES, of_counts), CODES)(wide(scores), counts)

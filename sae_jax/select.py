@@ -183,19 +183,19 @@ def batch(
 def columns(
     scores: Float[Array, "B F"], counts: Array | float, *, count_max: int
 ) -> Bool[Array, "B F"] | Entries:
-    """The `counts` largest scores of each column; one whole number for all, or `[F]`.
+    """The `counts` largest scores of each column, `count_max` at most in all.
 
-    `count_max` is the ceiling of their sum.
+    One whole number for all, or `[F]`. Places are counted in int32, or not listed.
     """
     n_rows, n_features = scores.shape
     counts = jnp.minimum(jnp.broadcast_to(counts, n_features), n_rows)
     mask = largest.mask_of_each(scores, counts, DATA)
     count_max = min(count_max, scores.size)
-    if mesh.spread() or count_max >= SPARSE_BELOW * scores.size:
+    sparse = count_max < SPARSE_BELOW * scores.size and scores.size < 2**31
+    if mesh.spread() or not sparse:
         return mask
     places = largest.compacted(mask.reshape(-1), count_max)
-    kept = jnp.arange(count_max) < counts.sum()
-    return Entries(places // n_features, places % n_features, kept)
+    return Entries(*divmod(places, n_features), jnp.arange(count_max) < counts.sum())
 
 
 def norm_cut(

@@ -72,7 +72,7 @@ def budgets(
     rest = np.cumsum(shares[::-1])[::-1]  # the shares of a rank and of those after it
     law = jnp.asarray(shares)
     # If all ranks before this one have as much as there is, c is what the rest takes.
-    c = (total - jnp.arange(len(shares)) * most) / jnp.asarray(rest)
+    c = (total - jnp.arange(len(law), dtype=law.dtype) * most) / jnp.asarray(rest)
     # Where all shall have as much as there is, rounding may put the last above it.
     c = c[jnp.argmax(c * law <= most * (1 + 1e-6))]
     wanted = jnp.maximum(jnp.round(c * law), 1)
