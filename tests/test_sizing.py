@@ -194,6 +194,10 @@ def test_the_table_of_the_document_is_this_one():
         ({"widths": ""}, "--widths: at least one is needed"),
         ({"batch": "10", "accumulate": "4"}, "--batch=10 is not accumulate=4 even"),
         ({"rules": "topk(k=0)"}, "--rules: topk: k=0 must be above 0"),
+        (
+            {"rules": "matching_pursuit(k=4)"},
+            "--rules: matching_pursuit(k=4) multiplies by the encoder many times",
+        ),
         ({"rules": ""}, "--rules, chips: nothing is asked for"),
     ],
 )
