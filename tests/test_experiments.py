@@ -154,7 +154,7 @@ def test_from_shards_and_as_a_transcoder(tmp_path):
 
 
 def test_shards_without_gradients_are_refused_with_the_command_that_gets_them(tmp_path):
-    """A rule that needs them trains on those of that command, and on the fly at once."""
+    """Rules that need them train on those of that command, and on the fly at once."""
     harvest = importlib.import_module("experiments.harvest")
     experiment = importlib.import_module("experiments.train")
     site, bare, graded = "resid_pre.1", str(tmp_path / "a"), str(tmp_path / "b")
