@@ -205,7 +205,8 @@ def test_shards_without_gradients_are_refused_with_the_command_that_gets_them(tm
     harvest = importlib.import_module("experiments.harvest")
     experiment = importlib.import_module("experiments.train")
     site, bare, graded = "resid_pre.1", str(tmp_path / "a"), str(tmp_path / "b")
-    given = {**TINY, "site": site, "rule": "gradient_topk(k=8)", "out": str(tmp_path)}
+    given = {**TINY, "site": site, "rule": "gradient_topk(k=8)"}
+    given["out"] = str(tmp_path / "run")
     harvest.run(harvest.Config(out=bare, sites=(site,), rows=200))
     _, faults = settings.build(
         experiment.Config(), {**given, "config.data.shards": bare}

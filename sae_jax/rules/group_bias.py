@@ -24,6 +24,8 @@ from sae_jax.contract import (
 )
 from sae_jax.counterpart import Counterpart
 
+Form = Literal["jump", "relu"]
+
 
 def group_bias(
     inputs: Inputs,
@@ -38,7 +40,7 @@ def group_bias(
     lower: float = 0.01,
     lift: float = 0.01,
     dead_below: float = 1e-6,
-    form: Literal["jump", "relu"] = "jump",
+    form: Form = "jump",
 ) -> Encoded:
     """Features whose pre-activation is positive under an adapted bias.
 
