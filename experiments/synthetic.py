@@ -13,7 +13,11 @@ Example:  python launch.py --experiment=synthetic --rule_files=my_rule.py
           --rules="my_rule(a=3),topk" --worlds=zipf,hierarchical
 Leaves:   out/synthetic.json (a row for each rule, world and seed), synthetic.txt,
           synthetic.md, synthetic.png
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores; of each SAE some six seconds of processor time, ten minutes for
+          seven rules, compilation included.
+Expected: over seeds 0 and 1, matched cosines of .90 (gated), .91 (relu, topk), .85
+          (batch_topk), .84 (jump_relu), .77 (matryoshka) in the world `equal`, between
+          .71 and .82 in `hierarchical`; of top_afa, whose sparsity nothing steers, .45.
 
 The same command goes on with SAEs that are missing; rules, worlds and seeds may be
 others then, and are added.
