@@ -10,7 +10,7 @@ from sae_jax.report.drawing import grouped
 Rows = Sequence[Mapping[str, Any]]
 
 OFF = "*"
-NOTE = f"{OFF} L0 is not that of the truth: compare with care."
+NOTE = f"{OFF} of a seed or more, L0 is not that of the truth: compare with care."
 
 
 class Column(NamedTuple):

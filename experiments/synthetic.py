@@ -13,7 +13,12 @@ Example:  python launch.py --experiment=synthetic --rule_files=my_rule.py
           --rules="my_rule(a=3),topk" --worlds=zipf,hierarchical
 Leaves:   out/synthetic.json (a row for each rule, world and seed), synthetic.txt,
           synthetic.md, synthetic.png
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores; of each SAE some six seconds of processor time, ten minutes for
+          seven rules, compilation included.
+Expected: over three seeds, matched cosines of .92 (topk), .91 (gated), .90 (relu), .85
+          (batch_topk), .84 (jump_relu) and .76 (matryoshka) in the world `equal`,
+          between .70 and .80 in `hierarchical`; of top_afa, which nothing steers and
+          which keeps 27 to 46 features, .45 to .47.
 
 The same command goes on with SAEs that are missing; rules, worlds and seeds may be
 others then, and are added.
