@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import sae_jax
+from experiments import exchange
 from sae_jax import RULES, SAE, TrainedSAE, load, to_dense
 from sae_jax.binding import bind
 from sae_jax.exchange import saelens, sparsify
@@ -256,3 +257,18 @@ def test_every_format_has_a_record_and_reads_only_its_own():
         where = sae_jax.exchange.place(folder_of(case))
         found = [name for name in FORMATS if FORMATS[name].recognises(where)]
         assert found == [case.parent.name]
+
+
+def test_the_comparison_counts_whatever_differs():
+    """The libraries are for `make exchange`; here is what needs none of them."""
+    assert len(list(exchange.Config(saelens="/no/such").faults())) >= 1
+    same = np.ones((2, 3))
+    assert exchange.relative(same + 1e-7, same) < 1e-6
+    for other in (same[:1], np.full_like(same, np.nan)):
+        row = exchange.Row("a", "b", "c", exchange.relative(other, same), 0.0, "")
+        assert not exchange.within(row, 1e-5)
+    assert not exchange.within(exchange.Row("a", "b", "c", 0.0, 2e-5, ""), 1e-5)
+    assert exchange.within(exchange.Row("a", "b", "c", None, None, "refused"), 1e-5)
+    found = list(exchange.read_theirs("sparsify", RECORDED / "sparsify"))
+    assert len(found) == 4
+    assert all(exchange.within(row, 1e-5) for row in found)
