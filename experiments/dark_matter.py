@@ -11,7 +11,10 @@ Example:  python launch.py --experiment=dark_matter --saes=runs/a,runs/b
           --config.evaluation.contexts=2400
 Leaves:   out/dark_matter.json, dark_matter.txt, figures/dark_matter.png, report.html;
           of SAEs that it trains all that training leaves
-Hardware: HARDWARE
+Hardware: 2 CPU cores, 6.5 minutes of processor time for the default's five SAEs, report
+          included (on a machine that was busy with other work)
+Expected: on the files of Python 3.11, FVU from 0.33 (192 features) to 0.27 (3,072), of
+          which the nonlinear part is 0.16 to 0.18: it does not fall with the width.
 Note:     the law of widths is meant at one sparsity: train with a rule whose L0 is set,
           or give SAEs of one L0. The paper's size is 150,000 tokens to fit and as many
           to score: 2,400 contexts of 128.
