@@ -24,7 +24,7 @@ from sae_jax.contract import (
 )
 from sae_jax.counterpart import Counterpart
 
-Form = Literal["jump", "relu"]
+Form = Literal["jump", "soft"]
 
 
 def group_bias(
@@ -46,7 +46,7 @@ def group_bias(
 
     With unit rows w_m, `u = x @ w.T` and `pre = u + unit * bias`,
     `x_hat = sum_m scale_m * w_m * codes_m + b_dec`. Codes are `u * [pre > 0]` (the runs
-    on language models) or, in `form="relu"` (the theory), `relu(pre)`. Weights, scales
+    on language models) or, in `form="soft"` (the theory), `relu(pre)`. Weights, scales
     and b_dec learn by the mean-MSE alone; how biases move is in `adapted`.
 
     Bias stays in [-1, 0], so inputs are to have norm 1. Here `unit`, the mean norm of
@@ -175,14 +175,12 @@ def weights(params: Params, state: State) -> Weights:
     return Weights(W, b_enc, params["scale"][:, None] * W, params["b_dec"])
 
 
-def export(
-    params: Params, state: State, *, form: Literal["jump", "relu"]
-) -> Counterpart:
-    """With the biases of now: as an encoder's, or as thresholds of the products."""
-    b_enc = state["unit"] * state["bias"]
-    if form == "relu":
+def export(params: Params, state: State, *, form: Form) -> Counterpart:
+    """With the biases of now; in the jump form they only decide, as those of a gate."""
+    if form != "jump":
         return Counterpart("positive")
-    return Counterpart("above", {"threshold": -b_enc, "b_enc": jnp.zeros_like(b_enc)})
+    zeros = jnp.zeros_like(state["bias"])
+    return Counterpart("gate", {"r_mag": zeros, "b_mag": zeros})
 
 
 def faults(
