@@ -39,7 +39,7 @@ MORE = [
     "top_afa(coef=0.3, target='input')",
     "top_afa(coef=0.3, how='exceed', target='input')",
     "matryoshka(k=2.3, prefixes=(0.25, 1.0), bias_group=True)",
-    "group_bias(form='relu')",
+    "group_bias(form='shifted')",
     "variational(k=3, coef=0.3, over='kept')",
     "variational(k=3, coef=0.3, variance='unit')",
     "variational(k=12, coef=0.3, variance='none', over='kept')",

@@ -37,14 +37,14 @@ def group_bias(
     lower: float = 0.01,
     lift: float = 0.01,
     dead_below: float = 1e-6,
-    form: Literal["jump", "relu"] = "jump",
+    form: Literal["jump", "shifted"] = "jump",
 ) -> Encoded:
     """Features whose pre-activation is positive under an adapted bias.
 
     With unit rows w_m, `u = x @ w.T` and `pre = u + unit * bias`,
     `x_hat = sum_m scale_m * w_m * codes_m + b_dec`. Codes are `u * [pre > 0]` (the runs
-    on language models) or, in `form="relu"` (the theory), `relu(pre)`. Weights, scales
-    and b_dec learn by the mean-MSE alone; how biases move is in `adapted`.
+    on language models) or, in `form="shifted"` (the theory), `relu(pre)`. Weights,
+    scales and b_dec learn by the mean-MSE alone; how biases move is in `adapted`.
 
     Bias stays in [-1, 0], so inputs are to have norm 1. Here `unit`, the mean norm of
     rows in the last window, stands in for that: it makes bias a fraction of it, and the
@@ -148,7 +148,8 @@ def adapted(
 
 def init(key: Array, params: Params, *, groups: int = 10) -> tuple[Params, State]:
     """Scales of 1 and biases of 0; features fall into groups of one size."""
-    W_dec, b_dec, zeros = params["W_dec"], params["b_dec"], params["b_enc"]
+    W_dec, b_dec = params["W_dec"], params["b_dec"]
+    zeros = jnp.zeros_like(params["b_enc"])
     n_features = len(zeros)
     none = jnp.zeros((), jnp.int32)
     state = {
