@@ -90,19 +90,6 @@ def _at(encoder: products.Encoder, pairs: codes.Pairs) -> Float[Array, " N"]:
     )
 
 
-def read(entries: Float[Array, "B F"], chosen: Selection) -> Array:
-    """The entries at the chosen places, where `keep` has its values there; else 0.
-
-    No gradient goes through them.
-    """
-    entries = jax.lax.stop_gradient(entries)
-    if isinstance(chosen, Rows):
-        return jnp.where(chosen.keep, _read(entries, chosen.indices), 0)
-    if isinstance(chosen, Entries):
-        return jnp.where(chosen.keep, entries[chosen.rows, chosen.features], 0)
-    return jnp.where(chosen, entries, 0)
-
-
 def rows(
     scores: Float[Array, "B F"] | products.Encoder,
     count: Array | float,

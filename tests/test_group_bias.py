@@ -123,7 +123,7 @@ def test_the_encoder_is_the_dictionary_and_the_decoder_has_the_scales():
     np.testing.assert_array_equal(weights.b_enc, variables.state["bias"])
 
 
-@pytest.mark.parametrize("form", ["jump", "soft"])
+@pytest.mark.parametrize("form", ["jump", "shifted"])
 def test_in_both_forms_another_library_needs_only_arrays(form):
     """ReLU with these four arrays; jump: thresholds `-b_enc`, and no other bias."""
     sae = SAE(D, F, rule=f"group_bias({form=})")
@@ -132,7 +132,7 @@ def test_in_both_forms_another_library_needs_only_arrays(form):
     x = jnp.asarray(batch(0))
     W_enc, b_enc, W_dec, b_dec = sae.weights(variables)
     u = x @ W_enc.T
-    plain = jax.nn.relu(u + b_enc) if form == "soft" else u * (u > -b_enc)
+    plain = jax.nn.relu(u + b_enc) if form == "shifted" else u * (u > -b_enc)
     out = sae.apply(variables, x)
     np.testing.assert_allclose(to_dense(out.codes), plain, atol=1e-5)
     np.testing.assert_allclose(out.x_hat, plain @ W_dec + b_dec, atol=1e-4)

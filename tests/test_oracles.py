@@ -46,7 +46,7 @@ MORE = [
     "matching_pursuit(k=12)",
     "matching_pursuit(k=9, tau=1.5)",
     "matching_pursuit(k=12, until_repeat=True)",
-    "group_bias(form='soft')",
+    "group_bias(form='shifted')",
     "variational(k=3, coef=0.3, over='kept')",
     "variational(k=3, coef=0.3, variance='unit')",
     "variational(k=12, coef=0.3, variance='none', over='kept')",

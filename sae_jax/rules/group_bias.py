@@ -24,7 +24,7 @@ from sae_jax.contract import (
 )
 from sae_jax.counterpart import Counterpart
 
-Form = Literal["jump", "soft"]
+Form = Literal["jump", "shifted"]
 
 
 def group_bias(
@@ -46,8 +46,8 @@ def group_bias(
 
     With unit rows w_m, `u = x @ w.T` and `pre = u + unit * bias`,
     `x_hat = sum_m scale_m * w_m * codes_m + b_dec`. Codes are `u * [pre > 0]` (the runs
-    on language models) or, in `form="soft"` (the theory), `relu(pre)`. Weights, scales
-    and b_dec learn by the mean-MSE alone; how biases move is in `adapted`.
+    on language models) or, in `form="shifted"` (the theory), `relu(pre)`. Weights,
+    scales and b_dec learn by the mean-MSE alone; how biases move is in `adapted`.
 
     Bias stays in [-1, 0], so inputs are to have norm 1. Here `unit`, the mean norm of
     rows in the last window, stands in for that: it makes bias a fraction of it, and the
@@ -151,7 +151,8 @@ def adapted(
 
 def init(key: Array, params: Params, *, groups: int = 10) -> tuple[Params, State]:
     """Scales of 1 and biases of 0; features fall into groups of one size."""
-    W_dec, b_dec, zeros = params["W_dec"], params["b_dec"], params["b_enc"]
+    W_dec, b_dec = params["W_dec"], params["b_dec"]
+    zeros = jnp.zeros_like(params["b_enc"])
     n_features = len(zeros)
     none = jnp.zeros((), jnp.int32)
     state = {

@@ -1,6 +1,7 @@
 """Variational TopK: codes drawn around a mean, which pay for being far from 0."""
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import jax
@@ -83,8 +84,10 @@ def variational(
     if spread is not None:
         log_variances = codes.entries(select.keep(spread, chosen, signed=True))
     if variance != "none":
-        drawn = deviation(log_variances) * select.read(noise, chosen)
-        active = codes.with_entries(active, means + drawn)
+        drawn = select.keep(replace(mean, pre=noise), chosen, signed=True)
+        drawn = jax.lax.stop_gradient(codes.entries(drawn))
+        drawn = means + deviation(log_variances) * drawn
+        active = codes.with_entries(active, drawn)
     if over == "all":
         means = mean.pre
         log_variances = jnp.zeros_like(means) if spread is None else spread.pre
