@@ -88,6 +88,8 @@ def saelens_make(folder: Path) -> None:
         made, configured = registered(architecture)
         sae = made(configured(d_in=D, d_sae=F, **settings))
         shaken(sae, seed)
+        if architecture == "matching_pursuit":  # it divides by no norms
+            sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True)
         if hasattr(sae, "topk_threshold"):
             sae.topk_threshold = torch.tensor(0.4, dtype=torch.double)
         to, x = folder / case, rows()

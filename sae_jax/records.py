@@ -1,6 +1,6 @@
 """What a rule is given by the package, and what it gives back."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
