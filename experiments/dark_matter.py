@@ -30,6 +30,7 @@ import numpy as np
 
 from experiments import audit
 from experiments._dark_matter import errors_of
+from experiments._finished import Finished, opened
 from experiments._report import Figure, report_on, rows_of
 from experiments._training import Config as Training
 from experiments._training import Result, Wanted, run_training
@@ -99,10 +100,10 @@ class Config(Training):
         site = self.site or SITE
         return [Wanted(self.rule, site, n_features=width) for width in self.widths]
 
-    def audited(self) -> audit.Config:
-        """The settings of an audit of the finished ones."""
+    def finished(self) -> Finished:
+        """The settings of finished ones."""
         shared = [f.name for part in (ModelConfig, TextConfig) for f in fields(part)]
-        finished = audit.Config(**{name: getattr(self, name) for name in shared})
+        finished = Finished(**{name: getattr(self, name) for name in shared})
         return replace(
             finished,
             sae=self.saes,
@@ -121,12 +122,12 @@ class Config(Training):
             yield from super().faults()
             yield from self.too_few()
             return
-        finished = self.audited()
+        finished = self.finished()
         faults = list(finished.faults())
         yield from faults
         if not faults:
-            opened = audit.opened(self.saes)
-            sites = {str(finished.sites(one)[0]) for one in opened.values()}
+            found = opened(self.saes)
+            sites = {str(finished.sites(one)[0]) for one in found.values()}
             if len(sites) > 1:
                 yield f"saes read {', '.join(sorted(sites))}; give those of one site"
 
@@ -156,7 +157,7 @@ class Config(Training):
 def run(config: Config) -> None:
     """Trains what is to be trained, splits the errors, and reports."""
     if config.saes:
-        analyse(config, audit.measure(config.audited()))
+        analyse(config, audit.measure(config.finished()))
         return
     with Stop() as stop:
         analyse(config, run_training(config, stop))

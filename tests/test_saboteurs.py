@@ -18,6 +18,7 @@ def test_saboteur_fails_its_check(broken):
         broken(SABOTEURS[broken])
 
 
+@pytest.mark.slow  # of all pairs: a fifth of the suite
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda c: c.__name__)
 @saboteurs
 def test_saboteur_passes_every_other_check(broken, check):
