@@ -72,14 +72,16 @@ class Config:
         yield from (f"{name} must be at least 1" for name in small)
         if self.rounds < 1:
             yield "rounds: nothing would be timed"
-        if small:
+        if not self.rules:
+            yield "rules: nothing would be timed"
+        if small or not self.rules:
             return
         try:
             found = cases(self)
         except ValueError as error:
             yield from (f"rules: {line}" for line in str(error).splitlines())
             return
-        if not found or not self.rules:
+        if not found:
             yield "rules: nothing would be timed"
         names = [registry.parse_spec(spec)[0] for spec in self.rules]
         if len(set(names)) < len(names):

@@ -40,7 +40,8 @@ def differ(a, b) -> bool:
 def rows(seed=0, n=B, width=D):
     """Activations with a norm of about 6, on no special scale."""
     with jax.ensure_compile_time_eval():  # kept, so never a tracer of its first caller
-        return 1.5 * jax.random.normal(jax.random.key(100 + seed), (n, width))
+        key = jax.random.key(100 + seed)  # in float32, also for a caller with x64
+        return 1.5 * jax.random.normal(key, (n, width), jnp.float32)
 
 
 def build(bound: BoundRule, **options) -> tuple[SAE, Variables]:

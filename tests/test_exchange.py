@@ -130,7 +130,9 @@ def test_what_is_written_is_read_as_the_same_sae(rule, options, format, tmp_path
     if folder is None:
         assert re.search("cannot be written for|cannot do without", reason)
         assert not list(tmp_path.iterdir())
-        assert format == "sparsify" or not exact or "d_out" in options
+        # A tied dictionary's b_dec is added there only if it was taken before.
+        tied = "W_enc" not in one.variables.params and "centre" in options
+        assert format == "sparsify" or not exact or "d_out" in options or tied
         return
     again = load(folder)
     before, after = encoded(one, rows()), encoded(again, rows())

@@ -139,7 +139,7 @@ def test_errors_over_widths_of_finished_saes(tmp_path, capsys):
     assert (tmp_path / "out" / "figures" / "dark_matter.png").stat().st_size > 5000
     assert ">Over widths</h2>" in (tmp_path / "out" / "report.html").read_text()
     given["saes"] += ",/no/such"
-    assert "/no/such does not exist" in str(settings.build(dark.Config(), given)[1])
+    assert "no folder or file /no/such" in str(settings.build(dark.Config(), given)[1])
     few = {"config.evaluation.contexts": "4", "out": str(tmp_path / "new")}
     faults = settings.build(dark.Config(), few)[1]
     assert "contexts=4 are 256 tokens to fit a map of 192" in str(faults)

@@ -13,6 +13,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
+from sae_jax import load
 from sae_jax.activations.in_memory import InMemory
 from sae_jax.model import SAE
 from sae_jax.run.folder import RunFolder, folder_fault
@@ -21,7 +22,6 @@ from sae_jax.run.log import JsonLines, TensorBoard, Wandb, read_lines
 from sae_jax.run.loop import Every
 from sae_jax.run.members import Member
 from sae_jax.run.stop import Stop
-from sae_jax.trained import load
 from sae_jax.training.recipe import Recipe
 
 CONFIG = {"lr": 0.1, "data": {"batch": 4, "inner": {"seed": 0}}, "sites": ("a", "b")}

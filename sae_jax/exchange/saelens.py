@@ -230,6 +230,8 @@ def write(trained: TrainedSAE, folder: Path) -> None:
     held = outside.weights | dict(outside.counterpart.arrays)
     names |= known.get("arrays", {})
     if known.get("tied"):
+        if not sae.centred:
+            raise outside.refusal("SAELens", "it adds no b_dec that it has not taken.")
         names = {name: name for name in ("W_dec", "b_dec")}
     held["W_enc"] = held["W_enc"].T
     arrays = {name: np.ascontiguousarray(held[ours]) for ours, name in names.items()}

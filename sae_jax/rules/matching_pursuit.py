@@ -99,7 +99,9 @@ def export(
         "residual_threshold": tau,
         "stop_on_duplicate_support": until_repeat,
     }
-    arrays = {"W_dec": W_dec / jnp.where(lengths > 0, lengths, 1)}
+    # What is 1 but for rounding stays, so that a second export changes nothing.
+    off = (lengths > 0) & (jnp.abs(lengths - 1) > 1e-6)
+    arrays = {"W_dec": W_dec / jnp.where(off, lengths, 1)}
     return Counterpart("pursuit", arrays, settings)
 
 
