@@ -62,9 +62,11 @@ def draw(rows: Rows, path: Path) -> None:
         if axes is not panels[0]:
             axes.set_yticklabels([])
     seeds = len({row["seed"] for row in rows})
+    cells = {(row["given"], row["world"]) for row in rows}
+    few = "up to " if len(rows) < seeds * len(cells) else ""
     figure.suptitle(
         f"Planted features: what each rule finds, true L0 {number(true)} "
-        f"(means of {seeds} seed{'s' * (seeds > 1)})",
+        f"(means of {few}{seeds} seed{'s' * (seeds > 1)})",
         fontsize=10,
     )
     figure.supxlabel(NOTE, fontsize=7)
