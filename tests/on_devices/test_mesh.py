@@ -27,8 +27,8 @@ B, D, F = 512, 8, 2048  # so that gradients and candidates are fewer than codes
 AUX = AuxK(dead_after=2, k=16)
 meshes = pytest.mark.parametrize("sizes", list(MESHES.values()), ids=list(MESHES))
 
-# With masked rows on 4 x 2 AuxK's first choice among 1,391 dead features differs in a few
-# of them, as it did on this machine before other rules came: a near-tie, or a fault.
+# With masked rows on 4 x 2 AuxK's first choice among 1,391 dead features differs in
+# a few of them, as it did before other rules came: a near-tie, or a fault.
 OPEN = "three features differ by up to .001; to be found out"
 
 # Rules of a user's own are tested on one of the meshes, and on all by `make test-slow`.
