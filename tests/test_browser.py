@@ -1,6 +1,7 @@
 """The feature browser: what is packed, and what a reader sees and can do."""
 
 import base64
+import dataclasses
 import json
 import re
 import zlib
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
+from sae_jax.analysis.interpretation.labels import Labels
 from sae_jax.evaluation.catalogue import GROUPS, Catalogue
 from sae_jax.evaluation.firings import Firings
 from sae_jax.report.browser import Browser, Points, packed
@@ -317,7 +319,15 @@ def path(tmp_path_factory):
     return path
 
 
-FIRST, SECOND = fake(), fake(seed=1)
+def labelled(browser):
+    """With a label for each feature but the dead one, and scores of the labels."""
+    texts = ["" if j == 3 else f"on {HOSTILE} or {j % 7}" for j in range(40)]
+    scores = np.random.default_rng(2).uniform(size=(5, 40))
+    scores[:, 3] = np.nan
+    return dataclasses.replace(browser, labels=Labels(texts, *scores))
+
+
+FIRST, SECOND = fake(), labelled(fake(seed=1))
 LISTED = "[...document.querySelectorAll('#features [id^=place]')].map(r => r.cells[0]"
 LISTED += ".textContent)"
 TITLE = "document.querySelector('#detail h3')?.textContent"
@@ -469,6 +479,38 @@ def test_filters_choose_by_density_and_norm_ratio(tab, path):
     assert 0 < len(features(tab)) < len(over)
 
 
+def test_labels_are_listed_sorted_searched_and_scored(tab, path):
+    tab.open(path)
+    cells = "[...document.querySelectorAll('#features [id^=place]')]"
+    cells += ".map(r => r.cells[7].textContent)"
+    assert {*tab.run(cells)} == {""}  # the first SAE has none
+    choose(tab, "sae", "1")
+    tab.wait("list.sae === 1")
+    texts = SECOND.labels.text
+    shown = tab.run(cells)
+    assert shown == texts[: len(shown)]
+    for down in (False, True):
+        tab.run("document.querySelector('[data-column=label] button').click()")
+        order = tab.run("list.order")
+        assert order[-1] == 3  # what has no label comes last, either way
+        listed = [texts[j] for j in order[:-1]]
+        assert listed == sorted(listed, reverse=down)
+    type_in(tab, "> or 5")
+    found = [j for j in range(40) if j % 7 == 5]
+    assert {*found} <= {*tab.run("list.order")}
+    type_in(tab, "")
+    tab.run(f"location.hash = nameOf({found[1]})")
+    tab.wait(f"{TITLE} === 'Feature {found[1]}'")
+    label = tab.run("document.querySelector('#detail .stands-for').textContent")
+    assert label == texts[found[1]]
+    figures = tab.run("document.querySelector('.figures').innerText").split("\n")
+    for name in ("detection", "fuzzing"):
+        value = getattr(SECOND.labels, name)[found[1]]
+        place = next(i for i, line in enumerate(figures) if f"label: {name}" in line)
+        assert f"{value:#.3g}" in figures[place] + figures[place + 1]
+    assert tab.run("document.images.length") == 0
+
+
 def test_a_click_shows_a_feature_with_its_examples(tab, path):
     tab.open(path)
     tab.run("document.querySelectorAll('#features [id^=place]')[5].click()")
@@ -589,7 +631,8 @@ def test_a_link_to_a_feature_opens_it(tab, path):
     )
     assert tab.run(TITLE) == "Feature 12"
     assert tab.run("at('sae').selectedOptions[0].textContent") == HOSTILE
-    highest = tab.run("document.querySelector('.figures').innerText").split()[-1]
+    figures = tab.run("document.querySelector('.figures').innerText").split()
+    highest = figures[figures.index("highest") + 1]
     assert highest == f"{SECOND.catalogue.highest[12]:#.3g}"
     choose(tab, "sae", "0")
     tab.wait("list.sae === 0")
