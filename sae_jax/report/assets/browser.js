@@ -72,8 +72,9 @@ function drawRows() {
   const box = at("scroller"), table = at("features"), n = list.order.length;
   const first = Math.max(0, Math.floor(box.scrollTop / ROW) - SPARE);
   const last = Math.min(n, first + Math.ceil(box.clientHeight / ROW) + 2 * SPARE);
+  const columns = list.columns.label ? 8 : 7; // one more would be drawn, empty
   const spacer = rows => make("tr", { role: "presentation" },
-    make("td", { class: "spacer", style: `height: ${rows * ROW}px`, colspan: 8 }));
+    make("td", { class: "spacer", style: `height: ${rows * ROW}px`, colspan: columns }));
   const rows = list.order.slice(first, last).map((f, i) => drawRow(f, first + i));
   table.tBodies[0].replaceChildren(spacer(first), ...rows, spacer(n - last));
   table.setAttribute("aria-rowcount", n + 1);
@@ -88,11 +89,12 @@ function drawRow(feature, place) {
     id: `place${place}`, "aria-rowindex": place + 2,
     "aria-selected": feature === list.opened,
     class: place === list.active ? "active" : "",
-  }, make("td", {}, String(feature)), ...numbers.map(text => make("td", {}, text)));
+  }, make("td", {}, String(feature)));
   for (const column of ["strongest", "raised"]) {
     row.append(make("td", { class: "token" }, visible(tokenOf(column, feature))));
   }
-  row.append(make("td", {}, labelOf(feature)));
+  row.append(make("td", { title: labelOf(feature) }, labelOf(feature)));
+  row.append(...numbers.map(text => make("td", {}, text)));
   row.addEventListener("click", () => open(feature));
   return row;
 }
@@ -107,6 +109,7 @@ async function select(which) {
   if (which === list.sae) return;
   const columns = await unpack(`columns${which}`);
   Object.assign(list, { sae: which, columns });
+  at("features").classList.toggle("unlabelled", !columns.label);
   at("sae").value = which;
   closeDetail();
   arrange();
