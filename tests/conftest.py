@@ -38,6 +38,17 @@ def pytest_terminal_summary(terminalreporter):
     return result
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """Drops compiled programs after each file.
+
+    Each holds about ten mappings of memory, and a process that has had 65,530 of them
+    (Linux's vm.max_map_count) is killed in the midst of a compilation.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Runs a test in float64."""
