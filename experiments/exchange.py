@@ -27,6 +27,7 @@ import numpy as np
 from sae_jax import RULES, SAE, to_dense
 from sae_jax.binding import bind
 from sae_jax.exchange import load
+from sae_jax.exchange.outward import outward
 from sae_jax.formats import FORMATS
 from sae_jax.trained import TrainedSAE
 
@@ -176,9 +177,22 @@ def write_ours(library: str, folder: Path) -> dict[str, str]:
         x = sample(9)
         x_hat, codes = one.sae.apply(one.variables, jnp.asarray(x))
         np.save(to / "x.npy", x)
-        np.savez(to / "ours.npz", codes=to_dense(codes), x_hat=x_hat)
+        in_theirs = to_dense(codes) * units(one, library)
+        np.savez(to / "ours.npz", codes=in_theirs, x_hat=x_hat)
         remarks[case] = str(number)
     return remarks
+
+
+def units(one: TrainedSAE, library: str) -> np.ndarray:
+    """By how much the rows of our decoder are longer than those that are written.
+
+    Codes count in units of those: 1, but for a rule that writes rows of norm 1.
+    """
+    outside = outward(one, library)
+    held = outside.weights["W_dec"]
+    written = outside.counterpart.arrays.get("W_dec", held)
+    found: np.ndarray = np.linalg.norm(held, axis=1) / np.linalg.norm(written, axis=1)
+    return found
 
 
 def ours() -> Iterator[tuple[str, TrainedSAE]]:
