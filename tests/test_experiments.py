@@ -145,6 +145,54 @@ def test_errors_over_widths_of_finished_saes(tmp_path, capsys):
     assert "contexts=4 are 256 tokens to fit a map of 192" in str(faults)
 
 
+def test_a_concept_of_a_folder_of_texts_is_erased(tmp_path, capsys):
+    """With an untrained SAE; all that is promised is left, and what it says adds up."""
+    experiment = importlib.import_module("experiments.erase")
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(40):  # a name's hash says which part it is of
+        word = "pear plum" if i % 3 else "socket listens"
+        (folder / f"{i}.txt").write_text(
+            f"the {word} of row {i} is here, said {i}. " * 9
+        )
+    sae = sae_jax.SAE(192, 256, rule="topk(k=8)")
+    about = {"site": "mlp_out.1", "lm": "embedded"}
+    one = sae_jax.TrainedSAE(sae, sae.init(jax.random.key(0)), about)
+    one.save(tmp_path / "run/saes/one")
+    given = {"sae": str(tmp_path / "run"), "out": str(tmp_path / "out")}
+    given |= {"dataset": str(folder), "words": "pear,plum", "paraphrase": "a,b"}
+    given |= {"contexts": "6", "targets": "2", "retained": "2", "draws": "2"}
+    given |= {"strongest": "20", "least": "2", "contexts_per_pass": "4"}
+    config, faults = settings.build(experiment.Config(), given)
+    assert faults == []
+    experiment.run(config)
+    assert (tmp_path / "out/erase.txt").read_text() in capsys.readouterr().out
+    found = json.loads((tmp_path / "out/erase.json").read_text())["saes"]["one"]
+    chosen, by_lot = found["effects"]
+    assert len(found["features"]) == chosen["features"] > 0
+    for row in (chosen, by_lot):
+        for kind in ("concept", "paraphrased", "other"):
+            assert 0 < row[f"{kind}_contexts"] <= 6
+            assert 0 <= row[f"{kind}_edited"] <= 1
+            assert row[f"{kind}_kl_erased"] > 0
+        assert abs(row["concept_auroc_by_chance"] - 0.5) < 0.1
+    page = (tmp_path / "out/report.html").read_text()
+    assert ">Erasing a concept: one</h2>" in page
+    assert "<table class" not in page
+    assert (tmp_path / "out/figures/erase1.png").stat().st_size > 5000
+    for wrong, fault in (
+        ({"paraphrase": "a"}, "words are 2 and paraphrase 1"),
+        ({"prompts_part": "heldout"}, "share documents"),
+        ({"join": "true"}, "give --join=false"),
+        ({"skip": "0"}, "position 0 is never edited"),
+    ):
+        faults = settings.build(experiment.Config(), given | wrong)[1]
+        assert [said for said in faults if fault in said], faults
+    rare = settings.build(experiment.Config(), given | {"words": "yes,no"})[0]
+    with pytest.raises(ValueError, match="no text of kind concept among the first"):
+        experiment.run(rare)
+
+
 def test_the_papers_comparison_is_written_beside_the_report(tmp_path, capsys):
     small = importlib.import_module("experiments.top_afa_small")
     more = {"sites": "resid_pre.1", "ks": "512,1024", "coefs": "1/32", "seeds": "0,1"}

@@ -57,8 +57,7 @@ def strongest(
     """The n features of the highest peaks of each prompt, of those above 0."""
     n = min(n, peak.shape[1])
     chosen = np.zeros(peak.shape, bool)
-    order = np.argsort(-peak, axis=1, kind="stable")[:, :n]
-    np.put_along_axis(chosen, order, True, 1)
+    np.put_along_axis(chosen, np.argpartition(-peak, n - 1, 1)[:, :n], True, 1)
     return chosen & (peak > 0)
 
 
