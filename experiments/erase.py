@@ -1,4 +1,4 @@
-"""Erases a concept from a language model by features of an SAE, and from no other text.
+"""Erases a concept from a language model by features of an SAE; other text is to stay.
 
 After "Interpret then deactivate", see `sae_jax/analysis/erasure.py`. What a text is
 about is told by identifiers in it: contexts with several of `words` are about the
@@ -9,8 +9,11 @@ lot, and on paraphrases, in which the tell-tale words are replaced.
 Command:  python launch.py --experiment=erase --sae=runs/train
 Example:  python launch.py --experiment=erase --sae=runs/train --targets=64
           --retained=256
-Leaves:   out/erase.json, erase.txt, figures/erase.png, report.html
-Hardware: 2 CPU cores, a minute.
+Leaves:   out/erase.json, erase.txt, report.html, figures/erase1.png for the first SAE
+Hardware: 2 CPU cores, a minute and a half.
+Expected: on the files of Python 3.11 with a TopK of 1,536 features and five seeds, an
+          AUC of .68 to .87; the loss of the concept rises by 1.0 to 1.9 nats, that of
+          other text by .4 to .7; less than two thirds of the paraphrases are noticed.
 Note:     beside each area under the ROC curve stands that of shuffled labels.
 """
 
