@@ -16,7 +16,9 @@ Example:  python launch.py --experiment=fast --lm=Qwen/Qwen2.5-0.5B-Instruct
           --dataset=Skylion007/openwebtext --site=resid_post.12 --context=2048
 Leaves:   out/fast.json, fast.txt, results.csv, figures/fast.png, report.html;
           out/dialogues; in out/fast, out/blocks and out/plain what training leaves
-Hardware: 2 CPU cores, a quarter of an hour.
+Hardware: 2 CPU cores, ten minutes of processor time, a third of it to score.
+Expected: on the files of Python 3.11, TopK: MSE .79, .92, 1.29 of all tokens and .21,
+          .50, 1.63 of special ones, in the order above.
 Note:     the paper's headline "MSE" is log2 of that of special tokens.
 """
 
@@ -200,7 +202,7 @@ def write(
     tokens = config.train.steps * config.data.batch
     said = (
         f"{len(heldout.tokens)} held-out dialogues, {int(heldout.use.sum()):,} tokens "
-        f"({n_special} special ids), {tokens:,} tokens of training each. Ways: "
+        f"(ids of special ones: {n_special}), trained on {tokens:,} tokens each. Ways: "
         + "; ".join(f"{name}: {what}" for name, what in WAYS.items())
         + "."
     )

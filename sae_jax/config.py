@@ -41,9 +41,7 @@ class ModelConfig:
     ] = "float32"
 
     chat_template: Annotated[
-        str,
-        "what makes text of dialogues: a file with a Jinja template, or 'plain'; "
-        "empty: the tokenizer's own",
+        str, "of dialogues: a file in Jinja, or 'plain'; empty: the tokenizer's own"
     ] = ""
 
     def open_lm(self) -> Any:
@@ -116,8 +114,7 @@ class TextConfig:
     context: Annotated[int, "tokens per context"] = 128
     join: Annotated[bool, "whether a context may hold several documents"] = True
     whole: Annotated[
-        bool,
-        "with join=false: each document is one context as it is, the rest left out",
+        bool, "with join=false: a document is one context as it is, the rest left out"
     ] = False
     use_bos: Annotated[bool, "whether activations at BOS are used"] = False
     skip: Annotated[int, "positions at each context's start that are not used"] = 0
@@ -225,8 +222,7 @@ class Data:
     ] = 1
     mixing: Annotated[
         Mixed,
-        "on the fly: neighbours, two blocks in each batch; buffer, FAST's mixing "
-        "buffer, in which half of the rows stay behind each time",
+        "on the fly: batches of two blocks, or of FAST's mixing buffer, where half stays",
     ] = "neighbours"
     seed: Annotated[int, "order of the rows"] = 0
 

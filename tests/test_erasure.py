@@ -150,7 +150,7 @@ def test_losses_are_those_of_prompts_one_by_one(toy):
         contexts_per_pass=4,
     ).scores
     losses = []
-    for name, value in (("clean", x), ("erased", new), ("gated", gated)):
+    for name, value in (("clean", x), ("erased", new), ("guarded", gated)):
         loss, divergence = splice_one_by_one(prompts, SITE, value)
         losses.append(loss)
         assert abs(found[f"loss_{name}"] - loss) < 5 * LOSS, name

@@ -120,7 +120,7 @@ class Effect(NamedTuple):
     Attributes:
       responses: of each prompt, to the edit without a gate.
       scores: `loss_clean`; loss and divergence from the clean model with every prompt
-        edited, `loss_erased` and `kl_erased`, and with the gate, `_gated`; `edited`,
+        edited, `loss_erased` and `kl_erased`, and with the gate, `_guarded`; `edited`,
         the share of prompts that the gate is open to.
     """
 
@@ -148,7 +148,10 @@ def effect(
         erased, response = _erased(x, edit, part.use)
         found.append(np.asarray(response))
         is_open = response >= threshold
-        return {"erased": erased, "gated": jnp.where(is_open[:, None, None], erased, x)}
+        return {
+            "erased": erased,
+            "guarded": jnp.where(is_open[:, None, None], erased, x),
+        }
 
     evaluator = Evaluator(lm, prompts, contexts_per_pass=contexts_per_pass)
     scores = evaluator.splice(site, make)

@@ -39,25 +39,33 @@ def dialogues_text(rows: Sequence[Row]) -> str:
 
 
 def dialogues_figure(rows: Sequence[Row], ways: Mapping[str, str]) -> Figure:
-    """log2 MSE of all and of special tokens, a group of bars for every rule.
+    """log2 MSE of all and of special tokens, a point for every SAE.
 
     Args:
-      rows: one for each SAE, with `spec` and `way`.
+      rows: one for each SAE, named by what it is, a hyphen, and its `way`.
       ways: what a reader calls each way.
     """
     figure, panels = drawing.new_figure(1, 2)
-    specs = list(dict.fromkeys(row["spec"] for row in rows))
-    width = 0.8 / len(ways)
+    names = list(dict.fromkeys(_without_way(row) for row in rows))
     titles = {"log2_mse": "all tokens", "log2_mse_special": "special tokens"}
     for axes, (score, title) in zip(panels, titles.items(), strict=True):
         for i, (way, label) in enumerate(ways.items()):
-            of = {r["spec"]: r[score] for r in rows if r["way"] == way}
-            at = np.arange(len(specs)) - 0.4 + width * (i + 0.5)
-            height = [of.get(spec, np.nan) for spec in specs]
-            axes.bar(at, height, width, color=drawing.COLOURS[i], label=label)
-        axes.set_xticks(np.arange(len(specs)), specs)
-        axes.axhline(0, color="black", lw=0.8)
+            of = {_without_way(r): r[score] for r in rows if r["way"] == way}
+            axes.plot(
+                np.arange(len(names)),
+                [of.get(name, np.nan) for name in names],
+                drawing.MARKERS[i],
+                color=drawing.COLOURS[i],
+                label=label,
+            )
+        axes.set_xticks(np.arange(len(names)), names)
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.margins(y=0.1)
         axes.set_title(title, fontsize=9)
     panels[0].set_ylabel("log2 of MSE, by dialogue")
-    panels[0].legend(fontsize=7, frameon=False)
+    panels[1].legend(fontsize=7, frameon=False)
     return figure
+
+
+def _without_way(row: Row) -> str:
+    return row["name"].removesuffix(f"-{row['way']}")

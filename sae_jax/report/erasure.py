@@ -23,8 +23,8 @@ OF_KIND = {
     "contexts": ("prompts of {}", "", ".0f"),
     "loss_clean": ("loss on {}", "nats", ".3f"),
     "loss_erased": ("  all of it edited", "nats", ".3f"),
-    "loss_gated": ("  edited where the gate is open", "nats", ".3f"),
-    "kl_gated": ("  divergence, gated", "nats", ".4f"),
+    "loss_guarded": ("  edited where the gate is open", "nats", ".3f"),
+    "kl_guarded": ("  divergence, gated", "nats", ".4f"),
     "edited": ("  gate open to", "%", ".1f"),
     "auroc": ("  told from other text, AUC", "", ".3f"),
     "auroc_by_chance": ("  shuffled labels, mean AUC", "", ".3f"),
@@ -75,7 +75,7 @@ def _draw_losses(axes: Axes, rows: Sequence[Row]) -> None:
     """Bars, in groups of one kind of text; those with the gate are paler."""
     width = 0.8 / (2 * len(rows))
     for i, row in enumerate(rows):
-        for j, (how, label) in enumerate({"erased": "", "gated": ", gated"}.items()):
+        for j, (how, label) in enumerate({"erased": "", "guarded": ", gated"}.items()):
             rise = [row[f"{k}_loss_{how}"] - row[f"{k}_loss_clean"] for k in KINDS]
             at = np.arange(len(KINDS)) - 0.4 + width * (2 * i + j + 0.5)
             colour = drawing.COLOURS[i]
