@@ -221,8 +221,7 @@ class Data:
         "number of processes. It decides the batches, the number of processes does not",
     ] = 1
     mixing: Annotated[
-        Mixed,
-        "on the fly: batches of two blocks, or of FAST's mixing buffer, where half stays",
+        Mixed, "on the fly: rows of two blocks meet, or those of FAST's mixing buffer"
     ] = "neighbours"
     seed: Annotated[int, "order of the rows"] = 0
 

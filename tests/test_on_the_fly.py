@@ -121,24 +121,29 @@ def test_a_row_waits_for_two_refills_on_average_in_the_mixing_buffer():
     assert abs(lags["neighbours"] - 1.5) < 0.05
 
 
-@pytest.mark.parametrize("with_position", [True, False])
-def test_the_mixing_buffer_resumes_bit_for_bit_from_a_few_blocks(with_position):
-    whole = on_the_fly(mixing="buffer")
+@pytest.mark.parametrize(
+    ("with_position", "readers"), [(True, 1), (False, 1), (True, 2)]
+)
+def test_the_mixing_buffer_resumes_bit_for_bit(with_position, readers):
+    """With a position, from the first block on that something is left of."""
+    make = partial(on_the_fly, mixing="buffer", readers=readers)
+    whole = make()
     seen, positions = [], []
     for t, batch in enumerate(itertools.islice(whole.batches(), 50)):
         seen.append(batch)
         positions.append(json.loads(json.dumps(whole.position(t))))
     for start in (0, 3, 4, 17, 40, 49):
         position = positions[start] if with_position else None
-        fresh = on_the_fly(mixing="buffer")
+        fresh = make()
         found = fresh.batches(start, position)
         for again, before in zip(found, seen[start:], strict=False):
             assert equal(again, before)
         if with_position:
             assert json.loads(json.dumps(fresh.position(start))) == position
-    # The text from the first block on that anything is left of, not from the start.
-    assert positions[49]["place"] not in (None, positions[0]["place"])
-    assert not equal(seen[4], list(itertools.islice(on_the_fly().batches(), 5))[4])
+    if readers == 1:  # two of them read other documents each
+        assert positions[49]["place"] not in (None, positions[0]["place"])
+    neighbours = itertools.islice(on_the_fly(readers=readers).batches(), 5)
+    assert not equal(seen[4], [*neighbours][4])
 
 
 def test_the_end_of_a_text_resumes_too():
