@@ -49,6 +49,7 @@ def open_stream(
         seed=data.seed,
         readers=data.readers,
         share=share,
+        mixing=data.mixing,
     )
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from sae_jax import checks
+from sae_jax.activations.mixing import Mixed
 from sae_jax.architecture import DType
 from sae_jax.evaluation import Evaluator, HeldOut
 from sae_jax.model import SAE
@@ -38,6 +39,10 @@ class ModelConfig:
     lm_dtype: Annotated[
         Literal["float32", "bfloat16"], "the type in which it is computed"
     ] = "float32"
+
+    chat_template: Annotated[
+        str, "of dialogues: a file in Jinja, or 'plain'; empty: the tokenizer's own"
+    ] = ""
 
     def open_lm(self) -> Any:
         """The model, loaded."""
@@ -78,7 +83,7 @@ class ModelConfig:
 
     def open_tokenizer(self) -> Any:
         """Its tokenizer."""
-        return load_tokenizer(self.lm)
+        return load_tokenizer(self.lm, chat_template=self.chat_template)
 
 
 @cache
@@ -101,11 +106,16 @@ class TextConfig:
     part: Annotated[
         Part, "which documents, by a hash of their names; 'all' for all"
     ] = "train"
-    column: Annotated[str, "column of tables that holds text or token ids"] = "text"
+    column: Annotated[
+        str, "column of tables that holds text, dialogues (messages) or token ids"
+    ] = "text"
     split: Annotated[str, "split of a Hugging Face dataset"] = "train"
     subset: Annotated[str, "subset (name) of a Hugging Face dataset, if any"] = ""
     context: Annotated[int, "tokens per context"] = 128
     join: Annotated[bool, "whether a context may hold several documents"] = True
+    whole: Annotated[
+        bool, "with join=false: a document is one context as it is, the rest left out"
+    ] = False
     use_bos: Annotated[bool, "whether activations at BOS are used"] = False
     skip: Annotated[int, "positions at each context's start that are not used"] = 0
     text_seed: Annotated[int, "order of the documents, where they are files"] = 0
@@ -133,7 +143,9 @@ class TextConfig:
 
     def packing(self, *, repeat: bool) -> Packing:
         """How they are cut."""
-        return Packing(self.context, self.join, self.use_bos, self.skip, repeat)
+        return Packing(
+            self.context, self.join, self.use_bos, self.skip, repeat, self.whole
+        )
 
     def text(self) -> dict[str, Any]:
         """What decides the documents, as plain values."""
@@ -208,6 +220,9 @@ class Data:
         "on the fly: among how many readers documents are dealt; a multiple of the "
         "number of processes. It decides the batches, the number of processes does not",
     ] = 1
+    mixing: Annotated[
+        Mixed, "on the fly: rows of two blocks meet, or those of FAST's mixing buffer"
+    ] = "neighbours"
     seed: Annotated[int, "order of the rows"] = 0
 
     def __post_init__(self) -> None:
@@ -231,6 +246,11 @@ class Data:
             yield (
                 f"readers={self.readers} are for text, and shards={self.shards!r} are "
                 f"read without; leave out one of the two."
+            )
+        if self.shards and self.mixing != "neighbours":
+            yield (
+                f"mixing={self.mixing!r} is for text, and shards={self.shards!r} are "
+                f"mixed whole; leave out one of the two."
             )
 
 

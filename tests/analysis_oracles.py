@@ -73,3 +73,29 @@ def matching_pursuit(x, atoms, steps):
             p = atoms @ (row - w @ atoms)
             w[np.argmax(p)] += max(p.max(), 0)
     return codes
+
+
+def strongest(codes, use, n):
+    """For each prompt the set of n features with the highest codes after position 0."""
+    found = []
+    for prompt, used in zip(codes, use, strict=True):
+        peak = {}
+        for t in range(1, len(used)):
+            for j in np.flatnonzero(prompt[t]) if used[t] else ():
+                peak[int(j)] = max(peak.get(int(j), 0), prompt[t, j])
+        found.append(set(sorted(peak, key=lambda j: -peak[j])[:n]))
+    return found
+
+
+def erased(x, codes, W_dec, features, factor, use):
+    """Edited prompts and how far each of them moves, position by position."""
+    new, moved = x.astype(np.float64), []
+    for prompt, active, used in zip(new, codes, use, strict=True):
+        squares = []
+        for t in range(len(used)):
+            step = sum((factor - 1) * active[t, j] * W_dec[j] for j in features)
+            if used[t] and t > 0:
+                prompt[t] += step
+                squares.append(np.mean(np.square(step)))
+        moved.append(np.mean(squares))
+    return new, np.array(moved)

@@ -145,6 +145,119 @@ def test_errors_over_widths_of_finished_saes(tmp_path, capsys):
     assert "contexts=4 are 256 tokens to fit a map of 192" in str(faults)
 
 
+def test_a_concept_of_a_folder_of_texts_is_erased(tmp_path, capsys):
+    """With an untrained SAE; all that is promised is left, and what it says adds up."""
+    experiment = importlib.import_module("experiments.erase")
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(40):  # a name's hash says which part it is of
+        word = "pear plum" if i % 3 else "socket listens"
+        (folder / f"{i}.txt").write_text(
+            f"the {word} of row {i} is here, said {i}. " * 9
+        )
+    sae = sae_jax.SAE(192, 256, rule="topk(k=8)")
+    about = {"site": "mlp_out.1", "lm": "embedded"}
+    one = sae_jax.TrainedSAE(sae, sae.init(jax.random.key(0)), about)
+    one.save(tmp_path / "run/saes/one")
+    given = {"sae": str(tmp_path / "run"), "out": str(tmp_path / "out")}
+    given |= {"dataset": str(folder), "words": "pear,plum", "paraphrase": "a,b"}
+    given |= {"contexts": "6", "targets": "2", "retained": "2", "draws": "2"}
+    given |= {"strongest": "20", "least": "2", "contexts_per_pass": "4"}
+    config, faults = settings.build(experiment.Config(), given)
+    assert faults == []
+    experiment.run(config)
+    assert (tmp_path / "out/erase.txt").read_text() in capsys.readouterr().out
+    found = json.loads((tmp_path / "out/erase.json").read_text())["saes"]["one"]
+    chosen, by_lot = found["effects"]
+    assert len(found["features"]) == chosen["features"] > 0
+    for row in (chosen, by_lot):
+        for kind in ("concept", "paraphrased", "other"):
+            assert 0 < row[f"{kind}_contexts"] <= 6
+            assert 0 <= row[f"{kind}_edited"] <= 1
+            assert row[f"{kind}_kl_erased"] > 0
+        assert abs(row["concept_auroc_by_chance"] - 0.5) < 0.1
+    page = (tmp_path / "out/report.html").read_text()
+    assert ">Erasing a concept: one</h2>" in page
+    assert (tmp_path / "out/figures/erase1.png").stat().st_size > 5000
+    for wrong, fault in (
+        ({"paraphrase": "a"}, "words are 2 and paraphrase 1"),
+        ({"prompts_part": "heldout"}, "share documents"),
+        ({"join": "true"}, "give --join=false"),
+        ({"skip": "0"}, "position 0 is never edited"),
+    ):
+        faults = settings.build(experiment.Config(), given | wrong)[1]
+        assert [said for said in faults if fault in said], faults
+    rare = settings.build(experiment.Config(), given | {"words": "yes,no"})[0]
+    with pytest.raises(ValueError, match="no text of kind concept among the first"):
+        experiment.run(rare)
+
+
+def dialogues_file(folder: Path, n: int = 60) -> Path:
+    """Short dialogues, every fifth of which repeats a long answer."""
+    folder.mkdir()
+    long = " ".join(f"word{j}" for j in range(25))
+    with (folder / "rows.jsonl").open("w") as file:
+        for i in range(n):
+            answer = long if i % 5 == 0 else f"return {i}\n" * (1 + i % 7)
+            said = [("user", f"What is {i}?"), ("assistant", answer)]
+            messages = [{"role": r, "content": c} for r, c in said]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return folder
+
+
+def test_dialogues_alone_and_in_blocks_are_compared(tmp_path, capsys):
+    """Given dialogues, of which those that repeat others are left out; then resumed."""
+    experiment = importlib.import_module("experiments.fast")
+    given = {**TINY, "rules": "topk(k=4),relu", "context": "32", "scored": "4"}
+    given |= {"dialogues": str(dialogues_file(tmp_path / "given"))}
+    out = tmp_path / "out"
+    config, faults = settings.build(experiment.Config(), given | {"out": str(out)})
+    assert faults == []
+    experiment.run(config)
+    said = capsys.readouterr().out
+    assert (out / "fast.txt").read_text() in said
+    written = [
+        json.loads(line)["messages"][1]["content"]
+        for part in ("train", "heldout")
+        for line in (out / f"dialogues/{part}/dialogues.jsonl").read_text().splitlines()
+    ]
+    assert len([one for one in written if "word3" in one]) == 1
+    assert 30 < len(written) < 60
+    found = json.loads((out / "fast.json").read_text())["saes"]
+    assert [row["name"] for row in found] == [
+        f"{name}-{way}"
+        for way in ("fast", "blocks", "plain")
+        for name in ("topk-k4", "relu-coef0.001")
+    ]
+    for row in found:
+        assert 0 < row["mse"] != row["mse_special"] > 0
+        assert row["log2_mse_special"] == np.log2(row["mse_special"])
+        assert np.isfinite(row["loss_recovered"])
+    for way in ("fast", "blocks", "plain"):
+        made_by = json.loads((out / way / "config.json").read_text())
+        assert (made_by["whole"], made_by["join"]) == ((way == "fast"), way != "fast")
+        assert made_by["data"]["mixing"] == ("neighbours", "buffer")[way == "fast"]
+    assert (out / "figures" / "fast.png").stat().st_size > 5000
+    assert experiment.TITLE in (out / "report.html").read_text()
+    # A finished run is shown again; other settings are refused.
+    text = (out / "fast.json").read_bytes()
+    experiment.run(config)
+    assert (out / "fast.json").read_bytes() == text
+    other = given | {"out": str(out), "config.train.steps": "5"}
+    faults = settings.build(experiment.Config(), other)[1]
+    assert len(faults) == 3
+    assert "holds a run with other settings" in faults[0]
+    for wrong, fault in (
+        ({"chat_template": ""}, "the tokenizer has no chat template"),
+        ({"dialogues": str(tmp_path / "no")}, "dialogues: "),
+        ({"whole": "true"}, "give join=False with it"),
+    ):
+        faults = settings.build(
+            experiment.Config(), given | {"out": str(tmp_path / "new")} | wrong
+        )[1]
+        assert [one for one in faults if fault in one], faults
+
+
 def test_the_papers_comparison_is_written_beside_the_report(tmp_path, capsys):
     small = importlib.import_module("experiments.top_afa_small")
     more = {"sites": "resid_pre.1", "ks": "512,1024", "coefs": "1/32", "seeds": "0,1"}
@@ -324,6 +437,7 @@ def test_estimates_count_parameters_tokens_and_memory(tmp_path):
         ({"readers": "3"}, "--config.data.readers=3 must divide the batch, 64."),
         ({"readers": "0"}, "batch, contexts_per_pass and readers must be at least 1."),
         ({"readers": "2", "shards": "x"}, "readers=2 are for text, and shards='x' are"),
+        ({"mixing": "buffer", "shards": "x"}, "mixing='buffer' is for text, and"),
         ({"readers": "4", "buffer": "64"}, "buffer=64 must be a multiple of twice the"),
     ],
 )

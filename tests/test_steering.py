@@ -11,7 +11,7 @@ from transformers import GPT2Config
 
 from sae_jax import RULES, SAE, TrainedSAE, Variables
 from sae_jax.binding import bind
-from sae_jax.evaluation.steering import ablate, add, clamp
+from sae_jax.evaluation.steering import ablate, add, clamp, scale
 from sae_jax.lm.flax_lm import FlaxLM
 from tests.compilations import compilations
 from tests.contract import build, rows
@@ -84,6 +84,10 @@ def test_by_hand():
         (clamp(sae, [1], 4.0), [[5, 8], [-1, 11]]),  # active in both
         (clamp(sae, [0], 1.0), [[-3, 2], [1, 0.5]]),  # in the first only
         (clamp(sae, [2, 0], [1.0, 5.0]), [[4, -2], [8.5, -1.5]]),
+        (
+            scale(sae, [1, 2], [-1.0, 3.0]),
+            [[5, -10], [-2, -6.5]],
+        ),  # 3 less of 1, 1 more
         (ablate(sae, [0]), [[-5, 2], [-1, 0.5]]),
         (ablate(sae, [2, 1]), [[5, -4], [-0.5, 1]]),
     ):
@@ -102,6 +106,7 @@ def test_the_error_is_kept_whatever_the_rule(rule, options):
     for edit, change in (
         (add(sae, features, amounts), lambda f: f + amounts),
         (clamp(sae, features, amounts), lambda f: 0 * f + amounts),
+        (scale(sae, features, amounts), lambda f: f * amounts),
         (ablate(sae, features), lambda f: 0 * f),
     ):
         after = np.array(before)
@@ -122,7 +127,12 @@ def test_positions_that_are_not_meant_stay_as_they_are():
     sae, x = made(), site_value()
     where = jnp.asarray(np.random.default_rng(2).random((B, T)) < 0.5)
     active = [often_active(sae)[0]]
-    for make in (partial(clamp, amounts=9.0), partial(add, amounts=2.0), ablate):
+    for make in (
+        partial(clamp, amounts=9.0),
+        partial(add, amounts=2.0),
+        partial(scale, amounts=-8.0),
+        ablate,
+    ):
         everywhere, some = (make(sae, active, where=w)(x) for w in (None, where))
         np.testing.assert_array_equal(some[where], everywhere[where])
         np.testing.assert_array_equal(some[~where], x[~where])
@@ -143,6 +153,8 @@ def test_a_feature_that_does_not_change_leaves_every_bit(rule, treatment):
     found = edited(ablate(sae, [feature]), x)
     np.testing.assert_array_equal(found[silent], x[silent])
     assert (found[~silent] != x[~silent]).any(-1).all()
+    found = edited(scale(sae, [feature], -8.0), x)
+    np.testing.assert_array_equal(found[silent], x[silent])
     np.testing.assert_array_equal(edited(add(sae, [feature, 3], 0.0), x), x)
     value = float(codes[0, 0].max())
     same = edited(clamp(sae, [int(codes[0, 0].argmax())], value), x)

@@ -12,6 +12,8 @@ from sae_jax.text.blocks import Place, blocks
 from sae_jax.text.contexts import Packing, contexts
 from sae_jax.text.dealt import Dealt
 from sae_jax.text.opening import open_documents
+from sae_jax.text.overlaps import kept
+from sae_jax.text.tokenizer import load_tokenizer
 from tests.toys import BOS, Characters, in_order, toy_documents
 
 TOKENS = Characters()
@@ -365,3 +367,82 @@ def test_a_text_of_fewer_documents_than_readers_is_refused():
     assert len(list(Dealt(documents, 2, 4).read())) == 1
     with pytest.raises(ValueError, match="has 3 documents, too few for readers=4"):
         list(Dealt(documents, 3, 4).read())
+
+
+# Dialogues ----------------------------------------------------------------------------
+
+
+def dialogue(i: int, turns: int = 1):
+    said = [("user", f"question {i}"), ("assistant", "yes " * i)] * turns
+    return [{"role": role, "content": content} for role, content in said]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_each_dialogue_is_what_its_template_makes_of_it_and_alone(tmp_path, suffix):
+    """Cut off where it is longer; no BOS but the template's own; resumed anywhere."""
+    tokenizer = load_tokenizer("embedded", chat_template="plain")
+    dialogues = [dialogue(i, 1 + i % 3) for i in range(12)]
+    path = table(tmp_path, suffix, dialogues, "messages")
+    documents = open_documents(str(path), part="all", column="messages")
+    packing = Packing(24, join=False, whole=True, use_bos=True, repeat=False)
+    found = list(contexts(documents, tokenizer, packing))
+    expected = [tokenizer.apply_chat_template(d)[:24] for d in dialogues]
+    assert [list(c.tokens[c.real]) for c in found] == expected
+    assert {len(e) for e in expected} > {24}
+    for i, context in enumerate(found):
+        assert (context.use == context.real).all()
+        place = json.loads(json.dumps(context.position))
+        rest = list(contexts(documents, tokenizer, packing, place))
+        assert [list(c.tokens[c.real]) for c in rest] == expected[i:]
+    # Also with a template that begins without BOS.
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    first = next(contexts(documents, tokenizer, packing))
+    assert first.tokens[0] != tokenizer.bos_token_id
+
+
+def test_templates_by_name_file_or_not_at_all(tmp_path, as_users):
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].role }}!")
+    mine = load_tokenizer("embedded", chat_template=str(tmp_path / "mine.jinja"))
+    packing = Packing(8, join=False, whole=True, repeat=False)
+    path = str(table(tmp_path, "jsonl", [dialogue(1)], "messages"))
+    documents = open_documents(path, part="all", column="messages")
+    context = next(contexts(documents, mine, packing))
+    assert mine.decode(context.tokens[context.real]) == "user!"
+    with pytest.raises(ValueError, match=r"no chat template .*--chat_template=plain"):
+        next(contexts(documents, load_tokenizer("embedded"), packing))
+    mine.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="refuses it: roles must alternate"):
+        next(contexts(documents, mine, packing))
+    with pytest.raises(FileNotFoundError, match="chat_template='none' is no file"):
+        load_tokenizer("embedded", chat_template="none")
+    with pytest.raises(ValueError, match="give join=False with it"):
+        next(contexts(documents, mine, Packing(8, whole=True)))
+
+
+def naive_kept(texts, n):
+    """Every row of n words against every row of every text that was kept."""
+    keep, taken = [], []
+    for text in texts:
+        words = text.split()
+        rows = [words[i : i + n] for i in range(max(len(words) - n, 0) + 1)]
+        keep.append(not any(row in other for other in taken for row in rows))
+        if keep[-1]:
+            taken.append(rows)
+    return keep
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_of_overlapping_texts_the_first_is_kept(n):
+    texts = ["a b c d e", "x b c d y", "x y", "d y z", "x y", "q", "b c", "", "r s"]
+    assert list(kept(texts, n)) == naive_kept(texts, n)
+    rng = np.random.default_rng(0)
+    many = [" ".join(rng.choice(list("abcd"), rng.integers(1, 9))) for _ in range(60)]
+    found = list(kept(many, n))
+    assert found == naive_kept(many, n)
+    assert found[0]
+    assert 0 < sum(found) < 60
+
+
+def test_what_was_dropped_drops_no_other():
+    """Only "b c" joins the first and the second, only "x y" the second and third."""
+    assert list(kept(["a b c", "b c x y", "x y z"], 2)) == [True, False, True]

@@ -3,9 +3,14 @@
 Where asked for, the gradients of the model's loss at its sites come with them, by the
 names that `gradient_of` gives: one backward pass for all sites, and losses summed, so
 that a row's gradient does not depend on what else is harvested.
+
+Contexts that end early run together with others of about their length, so that little
+is computed at padding. How long a pass is follows from a context's own length alone: a
+row is the same to the last bit whatever stands beside it.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,6 +22,8 @@ from jaxtyping import Array, Float, Int
 from sae_jax.lm.sites import gradient_of
 from sae_jax.lm.source import Source
 from sae_jax.text.blocks import Block
+
+SHORTEST = 128  # tokens of a pass, below which padding costs little; not measured
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,22 +75,21 @@ class Harvester:
         """
         n_rows = len(block.row)
         n, length = block.tokens.shape
-        step = self.contexts_per_pass
-        tokens = np.zeros((-(-n // step) * step, length), np.int32)
-        tokens[:n] = block.tokens
-        real = np.zeros(tokens.shape, np.float32)
-        real[:n] = block.real
         # Where each position of each context goes; unused ones out of range.
-        target = np.full(tokens.shape, n_rows, np.int32)
+        target = np.full((n, length), n_rows, np.int32)
         target[block.row, block.column] = np.arange(n_rows, dtype=np.int32)
         buffers = {
             site: jnp.zeros((n_rows, width), self.dtype)
             for site, width in self.widths.items()
         }
-        for start in range(0, len(tokens), step):
-            part = slice(start, start + step)
-            values = self._pass(tokens[part], real[part])
-            buffers = _scatter(buffers, values, target[part])
+        real = block.real.astype(np.float32)
+        for part, size in _alike(block.real.sum(1), self.contexts_per_pass, length):
+            missing = ((0, self.contexts_per_pass - len(part)), (0, 0))
+            tokens, weights = (
+                np.pad(array[part, :size], missing) for array in (block.tokens, real)
+            )
+            places = np.pad(target[part, :size], missing, constant_values=n_rows)
+            buffers = _scatter(buffers, self._pass(tokens, weights), places)
         return buffers
 
     def _pass(
@@ -96,6 +102,21 @@ class Harvester:
         run, found = self.lm.gradients(tokens, self.sites, weights=real[:, 1:])
         beside = {gradient_of(site): found[site] for site in self.gradients}
         return {**run.values, **beside}
+
+
+def _alike(
+    lengths: Int[np.ndarray, " N"], n: int, longest: int
+) -> Iterator[tuple[Int[np.ndarray, " m"], int]]:
+    """Contexts of one pass, at most n, and the length that all of them have room in.
+
+    A power of two, so that there are few programs, or the longest.
+    """
+    powers = 2 ** np.ceil(np.log2(np.maximum(lengths, SHORTEST))).astype(int)
+    sizes = np.minimum(powers, longest)
+    for size in np.unique(sizes):
+        which = np.flatnonzero(sizes == size)
+        for start in range(0, len(which), n):
+            yield which[start : start + n], int(size)
 
 
 @partial(jax.jit, donate_argnums=0)

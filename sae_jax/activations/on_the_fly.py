@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from sae_jax import checks
 from sae_jax.activations.harvester import Harvester
+from sae_jax.activations.mixing import MIXINGS, Mixed
 from sae_jax.activations.reader import Reader
 from sae_jax.share import PLACES, WHOLE, Share
 from sae_jax.text.blocks import Place
@@ -38,6 +39,7 @@ class OnTheFly:
         readers: Among how many the documents are dealt. Another number makes other
             batches; another number of shares does not.
         share: Which rows of each batch, and so which readers, are this process's.
+        mixing: Which blocks' rows meet in a batch; see `sae_jax.activations.mixing`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class OnTheFly:
         seed: int = 0,
         readers: int = 1,
         share: Share = WHOLE,
+        mixing: Mixed = "neighbours",
     ):
         if buffer % (2 * batch) or buffer <= 0:
             raise ValueError(
@@ -61,6 +64,8 @@ class OnTheFly:
             raise ValueError(
                 f"readers={readers} must be at least 1 and divide the batch, {batch}"
             )
+        if mixing not in MIXINGS:
+            raise ValueError(checks.unknown("mixing", mixing, MIXINGS))
         checks.raise_all(share.faults(readers=readers))
         if share.count > 1 and not packing.repeat:
             raise ValueError(
@@ -77,6 +82,7 @@ class OnTheFly:
             "batch": batch,
             "buffer": buffer,
             "seed": seed,
+            "mixing": mixing,
         }
         key, alone = jax.random.key(seed), readers == 1
         own = readers // share.count
@@ -89,6 +95,7 @@ class OnTheFly:
                 batch=batch // readers,
                 buffer=buffer // readers,
                 key=key if alone else jax.random.fold_in(key, number),
+                mixing=mixing,
             )
             for number in range(share.index * own, (share.index + 1) * own)
         }

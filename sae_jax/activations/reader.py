@@ -1,23 +1,22 @@
 """One reader's batches: its text in blocks, its rows in an order that mixes them.
 
-Activations stay on the device. The text is cut into blocks of R rows. Each block is
-permuted by a key of its own and halved; group g, from which R / B batches are drawn in
-a keyed order, is the second half of block g and the first half of block g + 1. So
-every row meets rows of two blocks, and batch t needs two blocks and nothing older: a
-run that resumes at t harvests two blocks and goes on bit for bit. (The first half of
-block 0 is in no group.) At most three times R rows are held.
+Activations stay on the device. The text is cut into blocks of R rows, and these are
+mixed to groups of R rows by one of the ways of `sae_jax.activations.mixing`; R / B
+batches are drawn from each. What a group is made of follows from keys and from the last
+blocks, two of them or a few more: a run that resumes harvests these and goes on bit for
+bit. At most three times R rows are held, and while a group is mixed four.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from sae_jax.activations.harvester import Harvester
+from sae_jax.activations.mixing import MIXINGS, Mixed
 from sae_jax.text.blocks import Block, Place, blocks
 from sae_jax.text.contexts import Packing
 from sae_jax.text.documents import Documents
@@ -34,6 +33,7 @@ class Reader:
         batch: Rows per batch.
         buffer: Rows per block; an even multiple of `batch`.
         key: Decides the order of the rows.
+        mixing: Which blocks' rows meet in a batch.
     """
 
     def __init__(
@@ -46,10 +46,11 @@ class Reader:
         batch: int,
         buffer: int,
         key: Key[Array, ""],
+        mixing: Mixed = "neighbours",
     ):
         self.harvester, self.batch, self.buffer = harvester, batch, buffer
         self._blocks = partial(blocks, documents, tokenizer, packing, buffer)
-        self._key = key
+        self._key, self._mixing = key, MIXINGS[mixing]
         self._places: dict[int, Place | None] = {0: None}
 
     def batches(
@@ -60,7 +61,8 @@ class Reader:
         Without it the text is tokenised from its beginning. Ends when the text ends,
         with what does not fill a block left over.
         """
-        first = 0 if place is None else start // (self.buffer // self.batch)
+        group = start // (self.buffer // self.batch)
+        first = 0 if place is None else self._oldest(group)
         self._places[first] = place
         return self._draw(start, first, place)
 
@@ -68,24 +70,36 @@ class Reader:
         self, start: int, first: int, place: Place | None
     ) -> Iterator[dict[str, Float[Array, "B D"]]]:
         group, index = divmod(start, self.buffer // self.batch)
-        half = None
+        oldest, held, number = self._oldest(group), None, first - 1
         for number, block in enumerate(_ahead(self._blocks(place)), start=first):
             if len(block.row) < self.buffer:
-                return
+                number -= 1
+                break
             self._places[number] = block.place
-            self._places.pop(number - 3, None)
-            if number < group:
+            self._places.pop(number - 1 - self._mixing.reach, None)
+            if number < oldest:
                 continue
             rows = self.harvester.rows(block)
-            if half is None:
-                half = _second_half(rows, self._key, number)
+            if held is None:
+                held = self._mixing.begin(rows, self._key, number)
                 continue
-            mixed, half = _mix(half, rows, self._key, number)
+            mixed, held = self._mixing.mix(held, rows, self._key, number)
             del rows
-            for i in range(index, self.buffer // self.batch):
-                yield _slice(mixed, i, self.batch)
+            if number > group:
+                yield from self._cut(mixed, index)
+                index = 0
             del mixed
-            index = 0
+        if self._mixing.gives_all and held is not None and number >= group:
+            yield from self._cut(held, index)
+
+    def _cut(self, rows: Any, index: int) -> Iterator[dict[str, Float[Array, "B D"]]]:
+        """The batches of a group from number `index` on."""
+        for i in range(index, self.buffer // self.batch):
+            yield _slice(rows, i, self.batch)
+
+    def _oldest(self, group: int) -> int:
+        """The first block that a group takes part of."""
+        return self._mixing.oldest(self._key, group, self.buffer)
 
     def place(self, t: int) -> Place | None:
         """Where the text of batch `t` begins; None: where all text begins.
@@ -93,45 +107,13 @@ class Reader:
         Known for the batches around the last one that was drawn.
         """
         group = t // (self.buffer // self.batch)
-        if group not in self._places:
+        first = self._oldest(group)
+        if first not in self._places:
             raise ValueError(
-                f"the place of batch {t} is not known; known are those of groups "
+                f"the place of batch {t} is not known; known are those of blocks "
                 f"{sorted(self._places)} of {self.buffer // self.batch} batches"
             )
-        return self._places[group]
-
-
-class _Order(NamedTuple):
-    """Two random orders per block: of its own rows, and of the group it completes."""
-
-    own: Array
-    group: Array
-
-
-def _order(key: Array, number: Array, n: int) -> _Order:
-    own, group = jax.random.split(jax.random.fold_in(key, number))
-    return _Order(jax.random.permutation(own, n), jax.random.permutation(group, n))
-
-
-@jax.jit
-def _second_half(rows, key, number):
-    """The rows of a block that belong to the group which begins with it."""
-    n = jax.tree.leaves(rows)[0].shape[0]
-    chosen = _order(key, number, n).own[n // 2 :]
-    return jax.tree.map(lambda x: x[chosen], rows)
-
-
-@jax.jit
-def _mix(half, rows, key, number):
-    """A whole group, in its final order, and the half that is kept for the next."""
-    n = jax.tree.leaves(rows)[0].shape[0]
-    own, order = _order(key, number, n)
-
-    def group(old, new):
-        return jnp.concatenate([old, new[own[: n // 2]]])[order]
-
-    mixed = jax.tree.map(group, half, rows)
-    return mixed, jax.tree.map(lambda x: x[own[n // 2 :]], rows)
+        return self._places[first]
 
 
 @partial(jax.jit, static_argnums=2)

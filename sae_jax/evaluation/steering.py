@@ -13,12 +13,14 @@ multiplied: a feature that does not change adds an exact 0, whatever the SAE's e
 
     add      f'_j = f_j + amount
     clamp    f'_j = amount
+    scale    f'_j = amount * f_j
     ablate   f'_j = 0
 
 Both `add` and `clamp` act in every row, whether or not the rule had the feature active
-there, and nothing is clipped: f' may be what no rule would give. Amounts are in units
-of the codes, whose size differs from feature to feature: what people choose is a
-multiple of the feature's largest value on text, `Catalogue.highest`.
+there, and nothing is clipped: f' may be what no rule would give. Their amounts are in
+units of the codes, whose size differs from feature to feature: what people choose is a
+multiple of the feature's largest value on text, `Catalogue.highest`. `scale` acts only
+where a feature is active.
 """
 
 import dataclasses
@@ -38,6 +40,7 @@ from sae_jax.variables import Variables
 Features = Sequence[int] | Int[Array | np.ndarray, " n"]
 Amounts = float | Sequence[float] | Float[Array | np.ndarray, " n"]
 Where = Bool[Array, "B T"] | None
+How = Literal["add", "clamp", "scale"]
 
 
 def add(
@@ -58,13 +61,23 @@ def clamp(
     return _edit("clamp", sae, features, amounts, where)
 
 
+def scale(
+    sae: TrainedSAE, features: Features, amounts: Amounts, *, where: Where = None
+) -> Edit:
+    """Multiplies features by amounts; rows with none of them active stay as they are.
+
+    Negative amounts turn a feature round.
+    """
+    return _edit("scale", sae, features, amounts, where)
+
+
 def ablate(sae: TrainedSAE, features: Features, *, where: Where = None) -> Edit:
     """Sets features to 0; rows in which none of them is active stay as they are."""
     return _edit("clamp", sae, features, 0.0, where)
 
 
 def _edit(
-    how: Literal["add", "clamp"],
+    how: How,
     sae: TrainedSAE,
     features: Features,
     amounts: Amounts,
@@ -82,7 +95,7 @@ class _Steer:
     """The function of the edits; equal ones share one compiled program."""
 
     sae: SAE
-    how: Literal["add", "clamp"]
+    how: How
 
     def __call__(
         self,
@@ -94,8 +107,9 @@ class _Steer:
         rows = old.reshape(-1, old.shape[-1])
         out = self.sae.forward(variables, rows)
         change = jnp.broadcast_to(amounts, (len(rows), len(amounts)))
-        if self.how == "clamp":
-            change = amounts - codes.to_dense(out.codes)[:, features]
+        if self.how != "add":
+            active = codes.to_dense(out.codes)[:, features]
+            change = (amounts if self.how == "clamp" else amounts * active) - active
         # Few rows of the decoder: not rounded, even where the SAE's products are.
         directions = out.weights.W_dec[features]
         moved = products.dot(change, directions, self.sae.param_dtype) * out.undo.factor

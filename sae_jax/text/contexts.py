@@ -3,7 +3,10 @@
 Joined (the default), documents follow one another, each after a BOS, and contexts are
 cut from that row: attention reaches over a BOS into the document before. Apart, each
 document is cut into contexts of its own, each of them begun with BOS, the last one
-padded. A document longer than a context is cut in both; an empty one is skipped.
+padded. A document longer than a context is cut in both; an empty one is skipped. Whole,
+each document is one context as it is, without a BOS that it does not bring, and what is
+longer than a context is left out: so FAST (Li et al. 2025, arXiv:2506.07691) runs
+dialogues, each alone and as the chat template makes it.
 """
 
 from collections import deque
@@ -14,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sae_jax import checks
+from sae_jax.text.dialogues import is_dialogue, rendered
 from sae_jax.text.documents import Document, Documents
 
 
@@ -35,6 +39,7 @@ class Packing(NamedTuple):
     Attributes:
         length: Tokens per context.
         join: Whether a context may hold several documents.
+        whole: Whether each document is one context, as it is; not with `join`.
         use_bos: Whether activations at BOS are used; in GPT-2 they are known to have
             norms far above those of other positions.
         skip: How many positions at the start of every context are not used. The first
@@ -47,9 +52,12 @@ class Packing(NamedTuple):
     use_bos: bool = False
     skip: int = 0
     repeat: bool = True
+    whole: bool = False
 
     def faults(self) -> Iterator[str]:
         """What no text can be cut by."""
+        if self.join and self.whole:
+            yield "whole=True runs documents one by one; give join=False with it"
         if self.length < 2 or not 0 <= self.skip < self.length:
             yield f"length={self.length} must be at least 2, and skip={self.skip} less"
 
@@ -73,7 +81,7 @@ def contexts(
         raise ValueError("the tokenizer has neither a BOS nor an EOS token")
     checks.raise_all(packing.faults())
     pieces = _pieces(documents, tokenizer, bos, packing, position)
-    cut = _joined if packing.join else _apart
+    cut = _joined if packing.join else _whole if packing.whole else _apart
     last_used = None
     for tokens, begin in cut(pieces, bos, packing.length):
         padded = np.full(packing.length, bos, np.int32)
@@ -104,7 +112,7 @@ def _pieces(documents, tokenizer, bos, packing, position) -> Iterator[_Piece]:
                 tokens = encode(document, tokenizer)
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(
-                    f"document {begin[1]} is neither text nor token ids: {error}"
+                    f"document {begin[1]} cannot be made tokens of: {error}"
                 ) from error
             if len(tokens) and packing.join and tokens[0] != bos:
                 tokens = np.concatenate([[bos], tokens]).astype(np.int32)
@@ -121,7 +129,12 @@ def _pieces(documents, tokenizer, bos, packing, position) -> Iterator[_Piece]:
 
 
 def encode(document: Document, tokenizer: Any) -> np.ndarray:
-    """Token ids, without special tokens but those that stand in the text."""
+    """Token ids, without special tokens but those that stand in the text.
+
+    In that of a dialogue its template has put them.
+    """
+    if is_dialogue(document):
+        document = rendered(document, tokenizer)  # type: ignore[arg-type]
     if isinstance(document, str):
         document = tokenizer(document, add_special_tokens=False, verbose=False)[
             "input_ids"
@@ -164,3 +177,9 @@ def _apart(pieces, bos, length) -> Iterator[tuple[np.ndarray, Any]]:
         for start in range(own_bos, len(piece.tokens), length - 1):
             part = piece.tokens[start : start + length - 1]
             yield np.concatenate([[bos], part]), [piece.position, piece.done + start]
+
+
+def _whole(pieces, bos, length) -> Iterator[tuple[np.ndarray, Any]]:
+    """A context of each document, which is cut off where it is longer."""
+    for piece in pieces:
+        yield piece.tokens[:length], [piece.position, piece.done]

@@ -1,6 +1,7 @@
 """Documents, one after the other, from a place that can be returned to.
 
-A document is its text, or its token ids where a column holds them already. Every
+A document is its text, or a dialogue of messages, or its token ids where a column holds
+them already. Every
 document belongs to one part, by a hash of its name (its path below the folder, or its
 row number), so that there is held-out text where a dataset brings none.
 """
@@ -13,8 +14,9 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from sae_jax.text import corpus
+from sae_jax.text.dialogues import Message
 
-Document = str | list[int]
+Document = str | list[int] | list[Message]
 Part = Literal["train", "validation", "heldout", "all"]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_jax.text import corpus
+from sae_jax.text.dialogues import is_dialogue
 from sae_jax.text.documents import Documents, Files, Part, Rows, examples
 
 EMBEDDED = "embedded"
@@ -30,8 +31,9 @@ def open_documents(
 ) -> Documents:
     """The documents of one part of a dataset; every fault is found here, at once.
 
-    `column` (of text or of token ids), `split` and `subset` are Hugging Face's and
-    apply to rows only. For datasets with their own held-out split, use `part='all'`.
+    `column` (of text, dialogues or token ids), `split` and `subset` are Hugging Face's
+    and apply to rows only. For datasets with a held-out split of their own, use
+    `part='all'`.
     """
     if part not in (*corpus.PARTS, "all"):
         raise ValueError(f"part={part!r} is none of {', '.join(corpus.PARTS)}, all")
@@ -168,7 +170,7 @@ def from_hub(name: str, split: str, subset: str | None) -> Any:
 
 
 def rows(stream: Any, column: str, part: Part, name: str) -> Rows:
-    """Rows of a stream that has the column, holding text or token ids."""
+    """Rows of a stream whose column holds text, dialogues or token ids."""
     head = list(itertools.islice(examples(copy.deepcopy(stream), name, 0), 100))
     if not head:
         raise ValueError(f"dataset={name!r} has no rows")
@@ -179,9 +181,9 @@ def rows(stream: Any, column: str, part: Part, name: str) -> Rows:
         )
     value = first[column]
     ids = isinstance(value, list) and all(isinstance(v, int) for v in value)
-    if not isinstance(value, str) and not ids:
+    if not isinstance(value, str) and not ids and not is_dialogue(value):
         raise ValueError(
             f"column={column!r} of dataset={name!r} holds {type(value).__name__}, "
-            f"not text or token ids"
+            f"not text or token ids, nor messages with role and content"
         )
     return Rows(name, stream, column, part)
