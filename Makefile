@@ -102,7 +102,7 @@ parity: install
 	$(BIN)/python -m tests.parity $(DIR)
 
 # Not pinned: PyTorch, which each machine needs another build of, and what it brings.
-TORCHS_OWN = torch|sympy|mpmath|networkx|jinja2|markupsafe|setuptools
+TORCHS_OWN = torch|sympy|mpmath|networkx|setuptools
 lock: install
 	$(BIN)/python -m pip freeze --exclude-editable --exclude sae_jax \
 	  | grep -viE '^($(TORCHS_OWN))==' > requirements.lock
