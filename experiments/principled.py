@@ -1,0 +1,313 @@
+"""Dictionaries against attributes that are known, after Makelov, Lange, Nanda 2024.
+
+arXiv:2405.08366. A task from templates that the language model really does; what
+varies between its prompts is known. Dictionaries whose features are those values,
+supervised, say what is to be had; SAEs are held against them, on three axes: do
+reconstructions keep what the model uses (approximation), can an attribute be edited by
+exchanging few features (sparse control), and do features tell the attributes
+(interpretability).
+
+Command:  python launch.py --experiment=principled
+Example:  python launch.py --experiment=principled --task=assign
+          python launch.py --experiment=principled --lm=gpt2 --task=ioi
+          --dataset=Skylion007/openwebtext
+Leaves:   out/principled.json, principled.txt, figures/principled.png, report.html, and
+          the SAEs in out/saes
+Hardware: 2 CPU cores, minutes.
+Note:     SAEs are trained on the task's own activations (once more with a frozen random
+          decoder, and with the weakest attribute made weaker and stronger) and on those
+          of text; `--saes` adds finished ones of the task's site. How often doing
+          nothing agrees stands beside all edits, F1 of shuffled labels beside all F1.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from experiments._finished import opened
+from experiments._principled import Represent, Row, Trial, measure
+from sae_jax import report
+from sae_jax.analysis.places import Place, Rows
+from sae_jax.analysis.principled import phenomena
+from sae_jax.analysis.principled.interpretability import of_values
+from sae_jax.analysis.principled.sparse import decomposed
+from sae_jax.analysis.principled.supervised import by_least_squares, by_means
+from sae_jax.analysis.tasks import TASKS
+from sae_jax.config import Dictionary, ModelConfig, TextConfig
+from sae_jax.evaluation import HeldOut
+from sae_jax.fit import train_many
+from sae_jax.report import drawing
+from sae_jax.report.principled import all_text, control_figure
+from sae_jax.run.folder import environment
+from sae_jax.run.members import Member
+from sae_jax.settings import Spec, to_dict
+from sae_jax.trained import TrainedSAE
+from sae_jax.training.recipe import Recipe
+from sae_jax.whole_files import write_whole
+
+TITLE = "Dictionaries against known attributes"
+CAPTION = (
+    "Above: how often an edit of one attribute by k features makes the model predict "
+    "what it predicts when patched with the counterfactual's own row, for each "
+    "attribute; grey: with nothing edited. Below: reconstructions in place of rows "
+    "(sufficiency) and all but them (necessity), 1 at best; F1 of features for the "
+    "property that they mean, dotted with shuffled labels; and how well the attribute "
+    "that moves rows least is told by SAEs trained on rows in which it is stronger or "
+    "weaker."
+)
+
+
+class FrozenDecoder(Recipe):
+    """A recipe that leaves the directions as they were drawn."""
+
+    def optimiser(
+        self, lr: Array | float | None = None
+    ) -> optax.GradientTransformation:
+        """The chain, with no update of the decoder."""
+
+        def only_decoder(params: Any) -> dict[str, bool]:
+            return {name: name == "W_dec" for name in params}
+
+        still = optax.masked(optax.set_to_zero(), only_decoder)
+        return optax.chain(super().optimiser(lr), still)
+
+
+@dataclass
+class Config(ModelConfig, TextConfig):
+    """What can be set from the command line."""
+
+    out: Annotated[str, "folder to write to"] = "runs/principled"
+    task: Annotated[
+        Literal["close", "assign", "ioi"], "which task; ioi is for GPT-2"
+    ] = "close"
+    places: Annotated[
+        tuple[str, ...],
+        "where its rows are, patched together, as 'site@position' or "
+        "'head_out.9/6@end', by commas; none: the task's own",
+    ] = ()
+    saes: Annotated[
+        tuple[str, ...], "folders of finished SAEs of the place's site, by commas"
+    ] = ()
+    rule_files: Annotated[
+        tuple[str, ...], "Python files with their rules, if they are of your own"
+    ] = ()
+    rule: Annotated[Spec, "the rule of new SAEs"] = Spec("topk(k=8)")
+    n_fit: Annotated[int, "prompts that dictionaries are fitted on"] = 2000
+    n_tested: Annotated[int, "other prompts, that all is counted on"] = 300
+    ks: Annotated[tuple[int, ...], "features exchanged by an edit, by commas"] = (
+        1,
+        2,
+        4,
+        8,
+        32,
+    )
+    contexts: Annotated[int, "contexts of text that the SAE `text` is trained on"] = 256
+    contexts_per_pass: Annotated[int, "contexts that the model reads at once"] = 16
+    factors: Annotated[
+        tuple[float, ...],
+        "the weakest attribute is made so many times as strong, for SAEs trained on "
+        "such rows, by commas; none: no such SAEs",
+    ] = (0.5, 2.0, 4.0)
+    sae: Dictionary = Dictionary(treatment="scale", expansion=4)
+    batch: Annotated[int, "rows per step of training"] = 512
+    train: Recipe = Recipe(steps=1500, lr=1e-3, warmup=50, decay="linear")
+    seed: Annotated[int, "of prompts and of SAEs"] = 0
+
+    def where(self) -> tuple[Place, ...]:
+        """The places."""
+        return tuple(map(Place.parse, self.places or TASKS[self.task].places))
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with these settings together."""
+        yield from self.text_faults()
+        try:
+            places = self.where()
+        except ValueError as error:
+            yield str(error)
+            return
+        yield from self.model_faults(tuple(p.site for p in places), self.context)
+        if self.saes and len(places) > 1:
+            yield f"saes are of one site, and the task has {len(places)} places"
+        for name in ("n_fit", "n_tested", "contexts", "contexts_per_pass", "batch"):
+            if getattr(self, name) < 1:
+                yield f"{name} must be at least 1"
+        if not self.ks or min(self.ks) < 1:
+            yield "ks must be one or more numbers of features, from 1 on"
+        if self.batch > self.n_fit:
+            yield f"batch={self.batch} is more than the n_fit={self.n_fit} rows"
+
+
+def run(config: Config) -> None:
+    """Fits, trains, measures, prints, and writes what was found."""
+    known, places = TASKS[config.task], config.where()
+    lm, tokenizer = config.open_lm(), config.open_tokenizer()
+    print(f"The task {config.task}, at {', '.join(map(str, places))} ...", flush=True)
+    trial = Trial.prepare(
+        lm,
+        tokenizer,
+        known,
+        places,
+        n_fit=config.n_fit,
+        n_tested=config.n_tested,
+        seed=config.seed,
+    )
+    out = Path(config.out).expanduser()
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    supervised = {
+        "mean": partial(_supervised, trial, by_means),
+        "MSE": partial(_supervised, trial, by_least_squares),
+    }
+    saes, occluded = trained(config, trial, text_rows(config, lm, tokenizer, places))
+    for name, of_places in saes.items():
+        for place, one in of_places.items():
+            one.save(out / "saes" / f"{name}-{_plain(place)}".replace(" ", "-"))
+    if config.saes:
+        saes |= {name: {places[0]: one} for name, one in opened(config.saes).items()}
+    ways: dict[str, Represent] = {**supervised}
+    ways |= {name: partial(_by_sae, one) for name, one in saes.items()}
+    rows: list[Row] = []
+    for name, represent in ways.items():
+        print(f"Measuring {name} ...", flush=True)
+        found = measure(trial, represent, config.ks, supervised=name in supervised)
+        rows.append({"name": name, **found})
+    record: dict[str, Any] = {
+        "model": trial.model(),
+        "shares": shares(trial),
+        "dictionaries": rows,
+        "occlusion": occlusion(trial, occluded),
+        "settings": to_dict(config),
+    }
+    text = all_text(config.task, record)
+    write_whole(out / "principled.json", json.dumps(record, indent=1) + "\n")
+    write_whole(out / "principled.txt", "\n\n".join(text.values()) + "\n")
+    picture = out / "figures" / "principled.png"
+    drawing.save(control_figure(record), picture)
+    print("\n" + "\n\n".join(text.values()) + "\n", flush=True)
+    report.write_page(
+        out / "report.html",
+        title=TITLE,
+        summary=f"Language model: {config.lm}. Task: {config.task}.",
+        rows=[],
+        figures=[(picture, CAPTION)],
+        notes=text,
+        config=to_dict(config),
+        about=environment(),
+    )
+    print(f"Report: {(out / 'report.html').resolve()}")
+
+
+def text_rows(config: Config, lm: Any, tokenizer: Any, places: Any) -> Rows:
+    """Rows of the same sites at all tokens of text."""
+    text = HeldOut.read(
+        config.open_documents(),
+        tokenizer,
+        config.packing(repeat=False),
+        config.contexts,
+    )
+    found: dict[Place, list[np.ndarray]] = {place: [] for place in places}
+    for part in text.passes(config.contexts_per_pass):
+        values = lm.run(part.tokens, read=tuple({p.site for p in places})).values
+        for place in places:
+            rows = np.asarray(values[place.site], np.float32)[part.use]
+            found[place].append(rows[:, place.columns(lm)])
+    return {place: np.concatenate(rows) for place, rows in found.items()}
+
+
+def trained(
+    config: Config, trial: Trial, text: Rows
+) -> tuple[dict[str, dict[Place, TrainedSAE]], dict[float, TrainedSAE]]:
+    """The SAEs by name and place, and those of rows with one attribute rescaled."""
+    frozen = FrozenDecoder(**{n: getattr(config.train, n) for n in _fields(Recipe)})
+    task = dict(trial.fit_rows)
+    saes = {
+        "task SAE": _fitted(config, task, config.train),
+        "random decoder": _fitted(config, task, frozen),
+        "text SAE": _fitted(config, text, config.train),
+    }
+    if not config.factors:
+        return saes, {}
+    place, weakest = trial.places[0], min(shares(trial).items(), key=lambda s: s[1])[0]
+    dictionary = _dictionary(trial, by_least_squares, place)
+    rescaled = {
+        factor: phenomena.scaled(
+            dictionary, task[place], trial.fit.values, weakest, factor
+        ).astype(np.float32)
+        for factor in config.factors
+    }
+    others = _fitted(config, rescaled, config.train)
+    return saes, {1.0: saes["task SAE"][place], **others}
+
+
+def _fitted(config: Config, rows: Any, recipe: Recipe) -> dict[Any, TrainedSAE]:
+    """One SAE for each array of rows, on the same batches."""
+    members = {
+        str(key): Member(
+            config.sae.make(config.rule, array.shape[1]), str(key), seed=config.seed
+        )
+        for key, array in rows.items()
+    }
+    arrays = {str(key): array for key, array in rows.items()}
+    found = train_many(
+        arrays, members, recipe, batch=config.batch, seed=config.seed, progress=False
+    )
+    return {key: found[str(key)] for key in rows}
+
+
+def shares(trial: Trial) -> dict[str, float]:
+    """The share of the variance that each attribute moves, at the first place."""
+    place = trial.places[0]
+    dictionary = _dictionary(trial, by_least_squares, place)
+    return phenomena.shares(dictionary, trial.rows[place], trial.tested.values)
+
+
+def occlusion(trial: Trial, saes: dict[float, TrainedSAE]) -> list[Row]:
+    """How well the weakest attribute is told when it is stronger or weaker."""
+    if not saes:
+        return []
+    place, known = trial.places[0], shares(trial)
+    weakest = min(known.items(), key=lambda s: s[1])[0]
+    dictionary = _dictionary(trial, by_least_squares, place)
+    found = []
+    for factor, one in sorted(saes.items()):
+        rows = phenomena.scaled(
+            dictionary, trial.rows[place], trial.tested.values, weakest, factor
+        )
+        active = decomposed(one, rows).strengths != 0
+        told = phenomena.told(of_values(active, trial.tested.values, trial.sizes))
+        share = phenomena.shares(dictionary, rows, trial.tested.values)[weakest]
+        found.append(
+            {
+                "attribute": weakest,
+                "factor": factor,
+                "share": share * factor**2,
+                "told": told,
+            }
+        )
+    return found
+
+
+def _dictionary(trial: Trial, fit: Any, place: Place) -> Any:
+    return fit(trial.fit_rows[place], trial.fit.values, trial.sizes)
+
+
+def _supervised(trial: Trial, fit: Any, place: Place, rows: Any, values: Any) -> Any:
+    return _dictionary(trial, fit, place)(values)
+
+
+def _by_sae(saes: dict[Place, TrainedSAE], place: Place, rows: Any, values: Any) -> Any:
+    return decomposed(saes[place], rows)
+
+
+def _fields(of: Any) -> list[str]:
+    return list(of.__dataclass_fields__)
+
+
+def _plain(place: Place) -> str:
+    return str(place).replace("/", ".")
