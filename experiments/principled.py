@@ -55,12 +55,11 @@ from sae_jax.whole_files import write_whole
 TITLE = "Dictionaries against known attributes"
 CAPTION = (
     "Above: how often an edit of one attribute by k features makes the model predict "
-    "what it predicts when patched with the counterfactual's own row, for each "
-    "attribute; grey: with nothing edited. Below: reconstructions in place of rows "
-    "(sufficiency) and all but them (necessity), 1 at best; F1 of features for the "
-    "property that they mean, dotted with shuffled labels; and how well the attribute "
-    "that moves rows least is told by SAEs trained on rows in which it is stronger or "
-    "weaker."
+    "what it predicts when patched with the counterfactual's own row; dashed: with "
+    "nothing edited. Below: reconstructions in place of rows (sufficiency) and all but "
+    "them (necessity), 1 at best; the highest F1 of any feature for a value, mean over "
+    "an attribute's values, hollow with shuffled labels; and the same of SAEs trained "
+    "on rows in which the attribute that moves them least is weaker or stronger."
 )
 
 
@@ -116,8 +115,8 @@ class Config(ModelConfig, TextConfig):
         "such rows, by commas; none: no such SAEs",
     ] = (0.5, 2.0, 4.0)
     sae: Dictionary = Dictionary(treatment="scale", expansion=4)
-    batch: Annotated[int, "rows per step of training"] = 512
-    train: Recipe = Recipe(steps=1500, lr=1e-3, warmup=50, decay="linear")
+    batch: Annotated[int, "rows per step of training"] = 256
+    train: Recipe = Recipe(steps=1000, lr=1e-3, warmup=50, decay="linear")
     seed: Annotated[int, "of prompts and of SAEs"] = 0
 
     def where(self) -> tuple[Place, ...]:
@@ -216,7 +215,7 @@ def text_rows(config: Config, lm: Any, tokenizer: Any, places: Any) -> Rows:
         values = lm.run(part.tokens, read=tuple({p.site for p in places})).values
         for place in places:
             rows = np.asarray(values[place.site], np.float32)[part.use]
-            found[place].append(rows[:, place.columns(lm)])
+            found[place].append(rows[:, place.columns(lm, rows.shape[1])])
     return {place: np.concatenate(rows) for place, rows in found.items()}
 
 

@@ -48,15 +48,15 @@ class Place(NamedTuple):
         head = "" if self.head is None else f"/{self.head}"
         return f"{self.site}{head}@{self.position}"
 
-    def columns(self, lm: Source) -> slice:
-        """Which columns of the site are meant."""
+    def columns(self, lm: Source, width: int) -> slice:
+        """Which columns of the site, of this width, are meant."""
         if self.head is None:
             return slice(None)
         n = lm.config.num_attention_heads
         if self.head >= n:
             raise ValueError(f"place={self!s}: {lm.name!r} has {n} heads, from 0 on.")
-        width = lm.width(self.site) // n
-        return slice(self.head * width, (self.head + 1) * width)
+        each = width // n
+        return slice(self.head * each, (self.head + 1) * each)
 
     def at(self, prompts: Prompts) -> Int[np.ndarray, " N"]:
         """Its position in each prompt."""
@@ -98,7 +98,8 @@ def read(
         for place in places:
             value, where = values[place.site], at[place][part]
             row = value[jnp.arange(len(where)), where]
-            found[place].append(np.asarray(row, np.float32)[:, place.columns(lm)])
+            columns = place.columns(lm, row.shape[1])
+            found[place].append(np.asarray(row, np.float32)[:, columns])
     return {place: np.concatenate(rows) for place, rows in found.items()}
 
 
@@ -147,10 +148,11 @@ def _edits(
     new: dict[str, Float[np.ndarray, "B T D"]] = {}
     where: dict[str, Bool[np.ndarray, "B T D"]] = {}
     for place, given in rows.items():
-        whole = (*shape, lm.width(place.site))
-        value = new.setdefault(place.site, np.zeros(whole, np.float32))
-        mask = where.setdefault(place.site, np.zeros(whole, bool))
-        at, columns = place.at(prompts)[part], place.columns(lm)
+        n_heads = 1 if place.head is None else lm.config.num_attention_heads
+        width = given.shape[1] * n_heads
+        value = new.setdefault(place.site, np.zeros((*shape, width), np.float32))
+        mask = where.setdefault(place.site, np.zeros(value.shape, bool))
+        at, columns = place.at(prompts)[part], place.columns(lm, width)
         value[np.arange(len(at)), at, columns] = given[part]
         mask[np.arange(len(at)), at, columns] = True
     return {

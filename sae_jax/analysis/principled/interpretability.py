@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from sae_jax.analysis.principled.supervised import Values, indicators
 
@@ -63,13 +64,12 @@ class Meaning(NamedTuple):
 
 
 def f1(
-    both: Float[np.ndarray, "..."],
-    active: Float[np.ndarray, "..."],
-    holds: Float[np.ndarray, "..."],
+    both: ArrayLike, active: ArrayLike, holds: ArrayLike
 ) -> Float[np.ndarray, "..."]:
     """F1 of counts; 0 where nothing is active and nothing holds."""
-    both, total = np.broadcast_arrays(2.0 * np.asarray(both), active + holds)
-    return np.divide(both, total, out=np.zeros(both.shape), where=total > 0)
+    total = np.add(active, holds)
+    twice, total = np.broadcast_arrays(np.multiply(2.0, both), total)
+    return np.divide(twice, total, out=np.zeros(total.shape), where=total > 0)
 
 
 def of_values(
