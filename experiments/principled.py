@@ -107,14 +107,14 @@ class Config(ModelConfig, TextConfig):
         8,
         32,
     )
-    contexts: Annotated[int, "contexts of text that the SAE `text` is trained on"] = 256
+    contexts: Annotated[int, "contexts of text that the text SAE is trained on"] = 512
     contexts_per_pass: Annotated[int, "contexts that the model reads at once"] = 16
     factors: Annotated[
         tuple[float, ...],
         "the weakest attribute is made so many times as strong, for SAEs trained on "
         "such rows, by commas; none: no such SAEs",
     ] = (0.5, 2.0, 4.0)
-    sae: Dictionary = Dictionary(treatment="scale", expansion=4)
+    sae: Dictionary = Dictionary(treatment="scale", expansion=4, b_dec_start="mean")
     batch: Annotated[int, "rows per step of training"] = 256
     train: Recipe = Recipe(steps=1000, lr=1e-3, warmup=50, decay="linear")
     seed: Annotated[int, "of prompts and of SAEs"] = 0
@@ -134,6 +134,8 @@ class Config(ModelConfig, TextConfig):
         yield from self.model_faults(tuple(p.site for p in places), self.context)
         if self.saes and len(places) > 1:
             yield f"saes are of one site, and the task has {len(places)} places"
+        elif self.saes:
+            yield from self.misfits(places[0])
         for name in ("n_fit", "n_tested", "contexts", "contexts_per_pass", "batch"):
             if getattr(self, name) < 1:
                 yield f"{name} must be at least 1"
@@ -141,6 +143,21 @@ class Config(ModelConfig, TextConfig):
             yield "ks must be one or more numbers of features, from 1 on"
         if self.batch > self.n_fit:
             yield f"batch={self.batch} is more than the n_fit={self.n_fit} rows"
+
+    def misfits(self, place: Place) -> Iterator[str]:
+        """Finished SAEs that cannot read the place."""
+        try:
+            found, lm = opened(self.saes), self.outline()
+            if lm is None:
+                return  # PyTorch's model is not loaded yet
+            width = lm.width(place.site)
+            n = len(range(width)[place.columns(lm, width)])
+        except (ValueError, OSError) as error:
+            yield from str(error).split("\n")
+            return
+        for name, one in found.items():
+            if one.sae.d_in != n or one.sae.is_transcoder:
+                yield f"{name} is no autoencoder of a width of {n}, that of {place}"
 
 
 def run(config: Config) -> None:
