@@ -64,7 +64,10 @@ CAPTION = (
 
 
 class FrozenDecoder(Recipe):
-    """A recipe that leaves the directions as they were drawn."""
+    """A recipe that leaves the directions as they were drawn.
+
+    Their gradients still count where all are clipped together.
+    """
 
     def optimiser(
         self, lr: Array | float | None = None

@@ -140,6 +140,7 @@ def test_the_experiment_leaves_all_that_it_promises(folder, tmp_path, capsys):
     assert all(rows.shape == (16, 8) for rows in decoders)
 
 
+@pytest.mark.slow
 def test_finished_saes_are_measured_beside(folder, tmp_path):
     sae = sae_jax.SAE(32, 40, rule="topk(k=4)")
     one = sae_jax.TrainedSAE(sae, sae.init(jax.random.key(0)))

@@ -87,8 +87,8 @@ def of_values(
 def meaning(
     active: Active,
     values: Values,
-    other_active: Active,
-    other_values: Values,
+    other_active: Bool[np.ndarray, "M F"],
+    other_values: Mapping[str, Int[np.ndarray, " M"]],
     sizes: Mapping[str, int],
     *,
     most: int = MOST_IN_UNION,
