@@ -13,7 +13,9 @@ Example:  python launch.py --experiment=principled --task=assign
           --dataset=Skylion007/openwebtext
 Leaves:   out/principled.json, principled.txt, figures/principled.png, report.html, and
           the SAEs in out/saes
-Hardware: 2 CPU cores, minutes.
+Hardware: 2 CPU cores, 3 to 5 minutes of processor time.
+Expected: supervised edits agree in 90 % (nothing edited 0 %); the task's SAE needs 8
+          features for that, two thirds of the reconstruction.
 Note:     SAEs are trained on the task's own activations (once more with a frozen random
           decoder, and with the weakest attribute made weaker and stronger) and on those
           of text; `--saes` adds finished ones of the task's site. How often doing
@@ -203,19 +205,20 @@ def run(config: Config) -> None:
         "occlusion": occlusion(trial, occluded),
         "settings": to_dict(config),
     }
-    text = all_text(config.task, record)
+    notes = all_text(config.task, record)
+    text = "\n\n".join(f"{heading}\n{said}" for heading, said in notes.items())
     write_whole(out / "principled.json", json.dumps(record, indent=1) + "\n")
-    write_whole(out / "principled.txt", "\n\n".join(text.values()) + "\n")
+    write_whole(out / "principled.txt", text + "\n")
     picture = out / "figures" / "principled.png"
     drawing.save(control_figure(record), picture)
-    print("\n" + "\n\n".join(text.values()) + "\n", flush=True)
+    print(f"\n{text}\n", flush=True)
     report.write_page(
         out / "report.html",
         title=TITLE,
         summary=f"Language model: {config.lm}. Task: {config.task}.",
         rows=[],
         figures=[(picture, CAPTION)],
-        notes=text,
+        notes=notes,
         config=to_dict(config),
         about=environment(),
     )

@@ -41,21 +41,21 @@ def all_text(task: str, record: Row) -> dict[str, str]:
     texts = {
         f"The task {task}": _model(record["model"], record["shares"]),
         "Approximation": "Reconstructions in place of rows, and all but them; 1 at "
-        "best. The mean row has a logit difference of "
+        "best.\nThe mean row has a logit difference of "
         f"{rows[0]['ld_mean']:.2f}, the clean one {rows[0]['ld_clean']:.2f}.\n"
         + _table(rows, COLUMNS),
         "Sparse control": _control(rows),
     }
     if saes:
         texts["Interpretability"] = (
-            "F1 of features for the property that they mean, chosen on other prompts; "
+            "F1 of features for the property that they mean, chosen on other prompts;\n"
             "by chance: with shuffled labels.\n" + _table(saes, TOLD)
         )
         texts["Interpretability"] += "\n\n" + _told(saes)
         texts["Over-splitting"] = _split(saes)
     if record["occlusion"]:
         texts["Occlusion"] = _occlusion(record["occlusion"])
-    return {name: f"{name}\n{text}" for name, text in texts.items()}
+    return texts
 
 
 def _model(model: Row, shares: Mapping[str, float]) -> str:
