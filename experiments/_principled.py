@@ -112,9 +112,14 @@ def agreement(edited: Predicted, aim: Predicted) -> dict[str, float]:
 
 
 def measure(
-    trial: Trial, represent: Represent, ks: Sequence[int], *, supervised: bool
+    trial: Trial,
+    represent: Represent,
+    ks: Sequence[int],
+    *,
+    most: int = interpretability.MOST_IN_UNION,
+    supervised: bool = False,
 ) -> Row:
-    """All that is counted of one dictionary at each place."""
+    """All that is counted of one dictionary; `most`: values in a union of them."""
     values = trial.tested.values
     of = {p: represent(p, trial.rows[p], values) for p in trial.places}
     mean = {p: rows.mean(0) for p, rows in trial.fit_rows.items()}
@@ -124,7 +129,7 @@ def measure(
         "l0": float(np.mean([(d.strengths != 0).sum(1).mean() for d in of.values()])),
         **approximation(trial.lm, trial.tested, trial.rows, x_hat, mean),
     }
-    told = {} if supervised else meanings(trial, represent, of, row)
+    told = {} if supervised else meanings(trial, represent, of, row, most)
     if told:
         causal(trial, of, mean, told, row)
     row["edits"] = {
@@ -187,7 +192,11 @@ def edits(
 
 
 def meanings(
-    trial: Trial, represent: Represent, of: Mapping[Place, Decomposed], row: Row
+    trial: Trial,
+    represent: Represent,
+    of: Mapping[Place, Decomposed],
+    row: Row,
+    most: int,
 ) -> dict[Place, interpretability.Meaning]:
     """What the features mean; puts the scores, and those by chance, into the row."""
     found, chance, active = {}, {}, {}
@@ -195,14 +204,17 @@ def meanings(
     for p in trial.places:
         fit = represent(p, trial.fit_rows[p], trial.fit.values).strengths != 0
         active[p] = of[p].strengths != 0
-        both = fit, active[p]
-        found[p] = _meaning(*both, fit_values, values, trial.sizes)
-        chance[p] = _meaning(
-            *both,
-            interpretability.shuffled(fit_values, seed=1),
-            interpretability.shuffled(values, seed=2),
-            trial.sizes,
+        lots = (
+            interpretability.shuffled(labels, seed=i)
+            for i, labels in enumerate((fit_values, values), 1)
         )
+        for told, (chosen_by, counted_by) in (
+            (found, (fit_values, values)),
+            (chance, lots),
+        ):
+            told[p] = interpretability.meaning(
+                fit, chosen_by, active[p], counted_by, trial.sizes, most=most
+            )
     for suffix, told in (("", found), ("_by_chance", chance)):
         f1 = np.concatenate([told[p].f1[active[p].any(0)] for p in told])
         row[f"f1_median{suffix}"] = float(np.median(f1)) if f1.size else 0.0
@@ -239,12 +251,6 @@ def causal(
     )
     row["keep_only_high"] = found["sufficiency"]
     row["without_high"] = found["necessity"]
-
-
-def _meaning(
-    fit: np.ndarray, active: np.ndarray, fit_values: Values, values: Values, sizes: Any
-) -> interpretability.Meaning:
-    return interpretability.meaning(fit, fit_values, active, values, sizes)
 
 
 def _asked(trial: Trial, prompts: Prompts) -> dict[str, np.ndarray]:

@@ -38,7 +38,11 @@ from experiments._principled import Represent, Row, Trial, measure
 from sae_jax import report
 from sae_jax.analysis.places import Place, Rows
 from sae_jax.analysis.principled import phenomena
-from sae_jax.analysis.principled.interpretability import of_values
+from sae_jax.analysis.principled.interpretability import (
+    MOST_IN_UNION,
+    MOST_IN_UNION_OF_TEXT,
+    of_values,
+)
 from sae_jax.analysis.principled.sparse import decomposed
 from sae_jax.analysis.principled.supervised import by_least_squares, by_means
 from sae_jax.analysis.tasks import TASKS
@@ -54,6 +58,7 @@ from sae_jax.trained import TrainedSAE
 from sae_jax.training.recipe import Recipe
 from sae_jax.whole_files import write_whole
 
+TASK, RANDOM, TEXT = "task SAE", "random decoder", "text SAE"
 TITLE = "Dictionaries against known attributes"
 CAPTION = (
     "Above: how often an edit of one attribute by k features makes the model predict "
@@ -193,10 +198,17 @@ def run(config: Config) -> None:
         saes |= {name: {places[0]: one} for name, one in opened(config.saes).items()}
     ways: dict[str, Represent] = {**supervised}
     ways |= {name: partial(_by_sae, one) for name, one in saes.items()}
+    of_task = (*supervised, TASK, RANDOM)
     rows: list[Row] = []
     for name, represent in ways.items():
         print(f"Measuring {name} ...", flush=True)
-        found = measure(trial, represent, config.ks, supervised=name in supervised)
+        found = measure(
+            trial,
+            represent,
+            config.ks,
+            most=MOST_IN_UNION if name in of_task else MOST_IN_UNION_OF_TEXT,
+            supervised=name in supervised,
+        )
         rows.append({"name": name, **found})
     record: dict[str, Any] = {
         "model": trial.model(),
@@ -249,9 +261,9 @@ def trained(
     frozen = FrozenDecoder(**{n: getattr(config.train, n) for n in _fields(Recipe)})
     task = dict(trial.fit_rows)
     saes = {
-        "task SAE": _fitted(config, task, config.train),
-        "random decoder": _fitted(config, task, frozen),
-        "text SAE": _fitted(config, text, config.train),
+        TASK: _fitted(config, task, config.train),
+        RANDOM: _fitted(config, task, frozen),
+        TEXT: _fitted(config, text, config.train),
     }
     if not config.factors:
         return saes, {}
@@ -264,7 +276,7 @@ def trained(
         for factor in config.factors
     }
     others = _fitted(config, rescaled, config.train)
-    return saes, {1.0: saes["task SAE"][place], **others}
+    return saes, {1.0: saes[TASK][place], **others}
 
 
 def _fitted(config: Config, rows: Any, recipe: Recipe) -> dict[Any, TrainedSAE]:

@@ -3,7 +3,8 @@
 `close` and `assign` are for models of Python text; the names in them are one token of
 the embedded model's tokenizer, and among those the ones on which it is right most
 often. `ioi` is indirect object identification (Wang et al. 2022, arXiv:2211.00593),
-for GPT-2. Whether a model does a task is for whoever uses it to measure, and to print.
+for GPT-2: five stories in the manner of its fifteen. Whether a model does a task is for
+whoever uses it to measure, and to print.
 
     close    if data in key["root   ->   "]   by the kinds of bracket and quotation mark
     assign   def f(self, path, name): ... self.name =   ->   name

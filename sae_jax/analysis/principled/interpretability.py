@@ -7,8 +7,8 @@ a property P of prompts,
 
 Properties are single values of attributes, their intersections with the values of an
 attribute that has two, and unions of values of one attribute, which grow greedily, up
-to 10 values, as long as F1 rises. A feature is said to mean the property of the highest
-F1. A feature that always fires has 2 p / (1 + p), p the share of P.
+to 10 values (30 for SAEs of text), as long as F1 rises. A feature is said to mean the
+property of the highest F1. One that always fires has 2 p / (1 + p), p the share of P.
 
 Differs: the paper takes the maximum over properties on the prompts that it reports.
 Here the property is chosen on some prompts and its F1 counted on others, since the
@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from sae_jax.analysis.principled.supervised import Values, indicators
 
-MOST_IN_UNION = 10
+MOST_IN_UNION, MOST_IN_UNION_OF_TEXT = 10, 30
 MOST_CROSSED = 2  # values of an attribute that others are crossed with
 
 Active = Bool[np.ndarray, "N F"]
