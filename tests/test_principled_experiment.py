@@ -26,7 +26,7 @@ TINY = {
     "contexts": "8",
     "batch": "32",
     "ks": "1,3",
-    "factors": "2",
+    "factors": "",
     "rule": "topk(k=3)",
     "config.train.steps": "4",
     "config.train.warmup": "0",
@@ -110,7 +110,7 @@ def test_the_experiment_leaves_all_that_it_promises(folder, tmp_path, capsys):
     assert text.strip() in said
     for heading in (
         *("Approximation", "Sparse control", "Interpretability"),
-        *("Over-splitting", "Occlusion", "The task ioi"),
+        *("Over-splitting", "The task ioi"),
     ):
         assert heading in text
         assert f">{heading}</h2>" in (tmp_path / "report.html").read_text()
@@ -132,7 +132,7 @@ def test_the_experiment_leaves_all_that_it_promises(folder, tmp_path, capsys):
     for row in found["dictionaries"][2:]:
         assert 0 <= row["f1_median_by_chance"] <= row["f1_median"] + 0.5 <= 1.5
         assert {*row["told"]} == {*row["split"]} == {"io", "s", "pos"}
-    assert [row["factor"] for row in found["occlusion"]] == [1.0, 2.0]
+    assert found["occlusion"] == []
     assert (tmp_path / "figures" / "principled.png").stat().st_size > 5000
     saes = sorted((tmp_path / "saes").iterdir())
     assert len(saes) == 6  # three of each of two heads
@@ -141,11 +141,17 @@ def test_the_experiment_leaves_all_that_it_promises(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_finished_saes_are_measured_beside(folder, tmp_path):
+def test_finished_saes_are_measured_beside_and_an_attribute_is_rescaled(
+    folder, tmp_path
+):
     sae = sae_jax.SAE(32, 40, rule="topk(k=4)")
     one = sae_jax.TrainedSAE(sae, sae.init(jax.random.key(0)))
     one.save(tmp_path / "mine")
-    more = {"saes": str(tmp_path / "mine"), "places": "resid_post.1@end", "factors": ""}
+    more = {
+        "saes": str(tmp_path / "mine"),
+        "places": "resid_post.1@end",
+        "factors": "2",
+    }
     experiment, config = configured(
         tmp_path / "out", lm=str(folder), task="ioi", **more
     )
@@ -153,7 +159,13 @@ def test_finished_saes_are_measured_beside(folder, tmp_path):
     found = json.loads((tmp_path / "out" / "principled.json").read_text())
     assert found["dictionaries"][-1]["name"] == "mine"
     assert found["dictionaries"][-1]["l0"] <= 4
-    assert found["occlusion"] == []
+    first, second = found["occlusion"]
+    assert (first["factor"], second["factor"]) == (1, 2)
+    weakest = min(found["shares"], key=found["shares"].get)
+    assert first["attribute"] == second["attribute"] == weakest
+    assert first["share"] == pytest.approx(found["shares"][weakest])
+    assert first["share"] < second["share"] < 4 * first["share"]
+    assert "\nOcclusion\n" in (tmp_path / "out" / "principled.txt").read_text()
 
 
 def test_faults_are_said_before_anything_begins(folder, tmp_path):
