@@ -23,6 +23,7 @@ from sae_jax.lm.edits import Edit, apply
 from sae_jax.lm.source import Source
 
 PER_PASS = 64
+STEP = 8  # lengths are multiples of it
 
 
 class Place(NamedTuple):
@@ -93,7 +94,7 @@ def read(
     at = {place: place.at(prompts) for place in places}
     found: dict[Place, list[np.ndarray]] = {place: [] for place in places}
     sites = tuple(dict.fromkeys(place.site for place in places))
-    for part, tokens in _passes(prompts, per_pass):
+    for part, tokens in _passes(lm, prompts, per_pass):
         values = lm.run(tokens, read=sites).values
         for place in places:
             value, where = values[place.site], at[place][part]
@@ -113,7 +114,7 @@ def predictions(
     """What the model predicts, as it is or with these rows in place of its own."""
     candidates = jnp.asarray(np.unique([prompts.answer, prompts.wrong]))
     found: list[tuple[np.ndarray, ...]] = []
-    for part, tokens in _passes(prompts, per_pass):
+    for part, tokens in _passes(lm, prompts, per_pass):
         write = _edits(lm, prompts, rows or {}, part, tokens.shape)
         logits = lm.run(tokens, write=write, logits=True).logits
         n = len(prompts.answer[part])
@@ -128,13 +129,19 @@ def predictions(
 
 
 def _passes(
-    prompts: Prompts, per_pass: int
+    lm: Source, prompts: Prompts, per_pass: int
 ) -> Iterator[tuple[slice, Int[np.ndarray, "B T"]]]:
-    """The prompts of each pass, and their tokens, filled up to one number."""
+    """The prompts of each pass, and their tokens, filled up to one number.
+
+    On the right they are filled up as well, where no earlier position sees it: sets of
+    prompts of nearly one length are then read by one compiled program.
+    """
+    length = prompts.tokens.shape[1]
+    longer = max(0, min(-length % STEP, lm.context - length))
     for start in range(0, len(prompts.texts), per_pass):
         part = slice(start, start + per_pass)
         tokens = prompts.tokens[part]
-        yield part, np.pad(tokens, ((0, per_pass - len(tokens)), (0, 0)))
+        yield part, np.pad(tokens, ((0, per_pass - len(tokens)), (0, longer)))
 
 
 def _edits(
