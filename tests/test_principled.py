@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sae_jax
-from experiments.principled import FrozenDecoder
+from experiments._principled_saes import FrozenDecoder
 from sae_jax.analysis.places import Place, predictions, read
 from sae_jax.analysis.principled import control, interpretability, phenomena
 from sae_jax.analysis.principled.approximation import approximation, scores
