@@ -1,6 +1,6 @@
 """The SAEs that are held against known attributes; not an experiment."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from sae_jax.trained import TrainedSAE
 from sae_jax.training.recipe import Recipe
 
 TASK, RANDOM, TEXT = "task SAE", "random decoder", "text SAE"
+LEAST_SHARE = 0.01  # of the variance; an attribute of less is none there
 
 
 class FrozenDecoder(Recipe):
@@ -70,7 +71,7 @@ def trained(
     }
     if not config.factors:
         return saes, {}
-    place, weakest = trial.places[0], min(shares(trial).items(), key=lambda s: s[1])[0]
+    place, weakest = trial.places[0], weakest_of(shares(trial))
     dictionary = dictionary_of(trial, by_least_squares, place)
     rescaled = {
         factor: phenomena.scaled(
@@ -104,12 +105,17 @@ def shares(trial: Trial) -> dict[str, float]:
     return phenomena.shares(dictionary, trial.rows[place], trial.tested.values)
 
 
+def weakest_of(shares: Mapping[str, float]) -> str:
+    """The attribute that moves rows least, of those that move them at all."""
+    moving = {name: share for name, share in shares.items() if share >= LEAST_SHARE}
+    return min(moving or shares, key=lambda name: shares[name])
+
+
 def occlusion(trial: Trial, saes: dict[float, TrainedSAE]) -> list[Row]:
     """How well the weakest attribute is told when it is stronger or weaker."""
     if not saes:
         return []
-    place, known = trial.places[0], shares(trial)
-    weakest = min(known.items(), key=lambda s: s[1])[0]
+    place, weakest = trial.places[0], weakest_of(shares(trial))
     dictionary = dictionary_of(trial, by_least_squares, place)
     found = []
     for factor, one in sorted(saes.items()):

@@ -161,8 +161,9 @@ def _occlusion(rows: Sequence[Row]) -> str:
     """F1 against the strength of the attribute."""
     name = rows[0]["attribute"]
     lines = [
-        f"{name} moves the rows least. SAEs trained on rows in which it is so many "
-        f"times as strong,\nand the highest F1 of any feature for a value there:",
+        f"Of the attributes that move the rows (1 % of their variance), {name} does so "
+        f"least. SAEs\ntrained on rows in which it is so many times as strong, and the "
+        f"highest F1 of any feature\nfor a value there:",
         _line(["factor", "share", *rows[0]["told"]]),
     ]
     for row in rows:
