@@ -1,0 +1,1 @@
+"""Dictionaries against attributes that are known (Makelov, Lange, Nanda 2024)."""
