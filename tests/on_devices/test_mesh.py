@@ -49,8 +49,9 @@ def bound(name):
 
 
 def batch(i, masked=False):
-    # Row 135 of the third batch has to be among the masked ones: for Top-AFA its 16th and
-    # 17th strongest dead features, of which AuxK takes 16, are within a rounding error.
+    # Row 135 of the third batch has to be among the masked ones: for Top-AFA its 16th
+    # and 17th strongest dead features, of which AuxK takes 16, are a rounding error
+    # apart.
     x = contract.rows(20 + i, B, D)
     found = {"x": x, "grad": contract.gradient_of_model(x)}
     return {**found, "mask": jnp.arange(B) % 5 != 0} if masked else found
