@@ -62,7 +62,8 @@ def train(
     )
     lm = FlaxLM.random(config, seed=seed)
     optimiser = optax.adamw(
-        optax.warmup_cosine_decay_schedule(0.0, lr, 50, steps, 0.05 * lr), b2=0.98
+        optax.warmup_cosine_decay_schedule(0.0, lr, steps // 30, steps, 0.05 * lr),
+        b2=0.98,
     )
 
     def loss_of(params: Any, tokens: Any, known: Any) -> Any:

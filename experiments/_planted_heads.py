@@ -5,6 +5,7 @@ prompt adds noise; in positive prompts those of the circuit are moved by a vecto
 their own, drawn from N(0, 4).
 """
 
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -52,10 +53,9 @@ def codes_of(
     """Codes of all vectors by one SAE that was trained on them, whole at each step."""
     rows = circuits.standardised(np.concatenate([positive, negative]))
     sae = sae_jax.train(
-        rows,
+        repeat(rows),  # used whole: nothing to shuffle, which would take longest
         rule,
         n_features=n_features,
-        batch=len(rows),
         recipe=Recipe(steps=steps, lr=lr),
         seed=seed,
         progress=False,

@@ -172,7 +172,8 @@ def features_of(
     """Groups and SAE of the same rows; and the errors of the levels."""
     options = {"share": config.share, "start": config.start, "seed": config.seed}
     factors = factorise(x, config.k, steps=config.steps, **options)
-    recipe = Recipe(steps=config.sae_steps, lr=1e-3, warmup=50, decay="linear")
+    steps = config.sae_steps
+    recipe = Recipe(steps=steps, lr=1e-3, warmup=steps // 30, decay="linear")
     sae = sae_jax.train(
         x,
         config.rule,
@@ -209,12 +210,11 @@ def features_of(
     levels = []
     if config.levels:
         plain = recursive(x, config.levels, steps=config.steps, **options)
-        for way, made in (("factored", plain), ("tuned", tune(x, plain))):
-            for depth in range(1, len(made) + 1):
-                part = made[:depth]
-                error = unexplained(x, token_codes(part), part[-1].groups)
-                k = config.levels[depth - 1]
-                levels.append({"way": way, "k": k, "error": error})
+        prefixes = [plain[: depth + 1] for depth in range(len(plain))]
+        ways = [("factored", part) for part in prefixes] + [("tuned", tune(x, plain))]
+        for way, part in ways:
+            error = unexplained(x, token_codes(part), part[-1].groups)
+            levels.append({"way": way, "k": len(part[-1].groups), "error": error})
     return found, levels
 
 
@@ -264,7 +264,7 @@ def steered(
 ) -> dict[str, list[dict[str, float]]]:
     """Mean success by amount: of own concepts, of others', of random directions."""
     site = config.sites[1]
-    unit = concepts.lengths(rows_at(lm, heldout, site)[heldout.use])
+    unit = concepts.mean_length(rows_at(lm, heldout, site)[heldout.use])
     steering = Steering(lm, site, heldout.tokens[-config.texts :, :TEXT])
     rng = np.random.default_rng(config.seed)
     random = rng.normal(size=(config.steered, lm.width(site)))

@@ -26,7 +26,6 @@ nothing is drawn; its numbers are not comparable with theirs.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -181,6 +180,6 @@ def of_others(n: int, *, seed: int = 0) -> Int[np.ndarray, " n"]:
     return other
 
 
-def lengths(rows: Sequence[Array] | Array) -> float:
+def mean_length(rows: Float[np.ndarray, "n D"]) -> float:
     """The mean norm of rows, the unit in which directions are added."""
-    return float(np.linalg.norm(np.asarray(rows, np.float64), axis=-1).mean())
+    return float(np.linalg.norm(rows.astype(np.float64), axis=1).mean())

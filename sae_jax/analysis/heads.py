@@ -30,7 +30,7 @@ def sites(lm: Source) -> tuple[str, ...]:
 
 def outputs(
     lm: Source, tokens: Int[np.ndarray, "N T"], *, skip: int = 0
-) -> Float[np.ndarray, "N T H d"]:
+) -> Float[np.ndarray, "N S H d"]:
     """What every head of the model puts out, from position `skip` on."""
     values = lm.run(tokens, read=sites(lm)).values
     layers = [np.asarray(values[site], np.float32)[:, skip:] for site in sites(lm)]
@@ -66,7 +66,7 @@ def patterns(
     return np.concatenate([np.asarray(one) for one in found], axis=1)
 
 
-def _pattern(qkv: Float[Array, "N T 3W"], n: int) -> Float[Array, "N n T T"]:
+def _pattern(qkv: Float[Array, "N T QKV"], n: int) -> Float[Array, "N H T T"]:
     query, key, _ = jnp.split(qkv.astype(jnp.float32), 3, axis=-1)
     query, key = (a.reshape(*a.shape[:2], n, -1) for a in (query, key))
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
