@@ -2,10 +2,10 @@
 
 After O'Neill, Bui 2024 (arXiv:2405.12522), as far as it is known; what we put in the
 place of the rest is at the top of `sae_jax/analysis/circuits.py`. Three times: vectors
-in which some heads are planted; a model of two layers that was trained to repeat; and
-the language model. Positive prompts have a block of random tokens twice, negative ones
-have another block before the same last one. The circuit is known by the pattern of
-attention, and by the loss that comes from putting a head's mean in its place.
+in which some heads are planted; a model of two layers that was trained to repeat random
+tokens; and the language model, on text. Positive prompts have a block of tokens twice,
+negative ones have another block before the same last one. The circuit is known by the
+pattern of attention, and by the loss that comes from a head's mean in its place.
 
 Command:  python launch.py --experiment=circuits
 Example:  python launch.py --experiment=circuits --lm=gpt2 --prompts=64 --position=last
@@ -14,7 +14,7 @@ Hardware: 2 CPU cores, some minutes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,20 +22,24 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from experiments import _induction_lm as repeating
+from experiments import _repeating_lm as repeating
 from experiments._planted_heads import codes_of, plant
 from sae_jax import report
 from sae_jax.analysis import circuits, heads
 from sae_jax.analysis.circuits import Found
-from sae_jax.config import ModelConfig
+from sae_jax.config import ModelConfig, TextConfig
+from sae_jax.evaluation import HeldOut
 from sae_jax.report import drawing
 from sae_jax.report.circuits import circuits_figure
 from sae_jax.run.folder import environment
 from sae_jax.settings import Spec, to_dict
+from sae_jax.text.documents import Part
 from sae_jax.whole_files import write_whole
 
 Truth = Literal["pattern", "ablation"]
-SHARE = 0.1  # of the largest rise in loss, which makes a head part of the circuit
+SHARE, LEAST = 0.1, 0.02  # of the largest rise in loss, and nats: else no part of it
+KNOWN_BY = 32  # prompts from which it is known what heads do
+Blocks = Callable[[np.random.Generator, int], np.ndarray]
 CAPTION = (
     "Left: the score of each head by its codes, mean of the seeds, over how much it "
     "attends to what came next before. Right: areas under the ROC curve for the heads "
@@ -45,7 +49,7 @@ CAPTION = (
 
 
 @dataclass
-class Config(ModelConfig):
+class Config(ModelConfig, TextConfig):
     """What can be set from the command line."""
 
     out: Annotated[str, "folder to write to"] = "runs/circuits"
@@ -53,7 +57,7 @@ class Config(ModelConfig):
     n_features: Annotated[int, "of the SAE: how many codes there can be"] = 128
     steps: Annotated[int, "training steps of an SAE, each on all vectors"] = 500
     prompts: Annotated[int, "prompts of each kind"] = 10
-    length: Annotated[int, "tokens in a block"] = 12
+    length: Annotated[int, "tokens in a block"] = 24
     position: Annotated[heads.Position, "which output of a head is its vector"] = "mean"
     threshold: Annotated[float, "of the score, from which a head is chosen"] = (
         circuits.THRESHOLD
@@ -61,22 +65,25 @@ class Config(ModelConfig):
     softmax: Annotated[bool, "whether the threshold is for shares of a softmax"] = False
     attends: Annotated[
         float, "attention to what came next before, that makes an induction head"
-    ] = 0.25
-    repeating: Annotated[int, "training steps of the model that repeats; 0: none"] = (
-        1500
-    )
+    ] = 0.1
+    repeating: Annotated[int, "training steps of the model that repeats; 0: none"] = 300
+    part: Annotated[Part, "which documents blocks are from"] = "heldout"
     noise: Annotated[float, "of planted heads"] = 0.05
+    text_contexts: Annotated[int, "contexts from which blocks are drawn"] = 256
     seeds: Annotated[tuple[int, ...], "of prompts, plantings and SAEs"] = (0, 1, 2, 3)
 
     def faults(self) -> Iterator[str]:
         """What is wrong with these settings together."""
         if not self.seeds or self.prompts < 2 or self.steps < 1:
             yield "there must be a seed, two prompts and a step"
-        if not repeating.SHORTEST <= self.length <= repeating.LONGEST:
-            yield (
-                f"length={self.length} must be from {repeating.SHORTEST} to "
-                f"{repeating.LONGEST}"
-            )
+        least = 2 * max(self.prompts, KNOWN_BY)
+        if self.text_contexts < least:
+            yield f"text_contexts={self.text_contexts} must be at least {least}"
+        if not 2 <= self.length < repeating.VOCABULARY:
+            yield f"length={self.length} must be from 2 to {repeating.VOCABULARY - 1}"
+        if self.length >= self.context:
+            yield f"length={self.length} must be below the context, {self.context}"
+        yield from self.text_faults()
         yield from self.model_faults(("head_out.0",), 2 * self.length + 1)
 
 
@@ -93,7 +100,7 @@ class Known(NamedTuple):
         """The heads that do the task."""
         if truth == "pattern":
             return self.attention >= attends
-        return self.rise >= SHARE * self.rise.max()
+        return self.rise >= max(SHARE * self.rise.max(), LEAST)
 
 
 def run(config: Config) -> None:
@@ -101,15 +108,15 @@ def run(config: Config) -> None:
     out = Path(config.out).expanduser()
     (out / "figures").mkdir(parents=True, exist_ok=True)
     rows = [of_planted(config, seed) for seed in config.seeds]
-    models = {config.lm: config.open_lm()}
+    models = {config.lm: (config.open_lm(), of_text(config))}
     losses: list[float] = []
     if config.repeating:
         print("Training a model to repeat ...", flush=True)
-        model, losses = repeating.train(steps=config.repeating)
-        models = {"trained to repeat": model} | models
+        model, losses = repeating.train(steps=config.repeating, length=config.length)
+        models = {"trained to repeat": (model, at_random(config))} | models
     shown, of_heads = {}, {}
-    for name, lm in models.items():
-        known, scores, found = of_model(config, name, lm)
+    for name, (lm, blocks) in models.items():
+        known, scores, found = of_model(config, name, lm, blocks)
         shown[name] = (known.attention, scores)
         rows += found
         of_heads[name] = known._asdict() | {"score": scores}
@@ -140,6 +147,36 @@ def run(config: Config) -> None:
         about=environment(),
     )
     print(f"Report: {(out / 'report.html').resolve()}")
+
+
+def of_text(config: Config) -> Blocks:
+    """Blocks of text, from anywhere in it."""
+    tokenizer, packing = config.open_tokenizer(), config.packing(repeat=False)
+    text = HeldOut.read(
+        config.open_documents(), tokenizer, packing, config.text_contexts
+    ).tokens
+
+    def blocks(rng: np.random.Generator, n: int) -> np.ndarray:
+        row = rng.permutation(len(text))[:n]
+        at = rng.integers(1, text.shape[1] - config.length + 1, n)
+        return text[row[:, None], at[:, None] + np.arange(config.length)]
+
+    return blocks
+
+
+def at_random(config: Config) -> Blocks:
+    """Blocks of random tokens."""
+    return lambda rng, n: repeating.blocks(rng, n, config.length)
+
+
+def contrast(
+    lm: Any, blocks: Blocks, rng: np.random.Generator, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts with a block twice, and with the same last block after another one."""
+    both = blocks(rng, 2 * n)
+    block, other = both[:n], both[n:]
+    bos = lm.config.bos_token_id
+    return repeating.after(block, block, bos), repeating.after(other, block, bos)
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -173,15 +210,15 @@ def trained(
 
 
 def of_model(
-    config: Config, name: str, lm: Any
+    config: Config, name: str, lm: Any, blocks: Blocks
 ) -> tuple[Known, Float[np.ndarray, " H"], list[dict[str, Any]]]:
     """What is known of a model's heads, their mean scores, and a row for each seed."""
-    vocabulary, length = lm.config.vocab_size, config.length
-    known = known_of(lm, length)
+    length = config.length
+    known = known_of(lm, blocks, length)
     rows, scores = [], []
     for seed in config.seeds:
         rng = np.random.default_rng((seed, 1))
-        pair = repeating.contrast(rng, config.prompts, length, vocabulary)
+        pair = contrast(lm, blocks, rng, config.prompts)
         held = [
             heads.vectors(
                 heads.outputs(lm, tokens, skip=length + 1), position=config.position
@@ -205,10 +242,9 @@ def of_model(
     return known, np.mean(scores, axis=0), rows
 
 
-def known_of(lm: Any, length: int) -> Known:
+def known_of(lm: Any, blocks: Blocks, length: int) -> Known:
     """By attention, and by putting means in the place of heads one by one."""
-    rng = np.random.default_rng(0)
-    tokens, other = repeating.contrast(rng, 32, length, lm.config.vocab_size)
+    tokens, other = contrast(lm, blocks, np.random.default_rng(0), KNOWN_BY)
     means = heads.outputs(lm, other, skip=length + 1).mean((0, 1))
     n = len(means)
     choices = [

@@ -189,6 +189,7 @@ def test_circuits_by_codes(tmp_path, capsys):
     experiment = importlib.import_module("experiments.circuits")
     given = {"out": str(tmp_path), "steps": "3", "prompts": "3", "length": "8"}
     given |= {"repeating": "2", "seeds": "0,1", "n_features": "16"}
+    given |= {"text_contexts": "64"}
     config, faults = settings.build(experiment.Config(), given)
     assert faults == []
     experiment.run(config)
@@ -211,9 +212,10 @@ def test_circuits_by_codes(tmp_path, capsys):
     assert (tmp_path / "figures" / "circuits.png").stat().st_size > 5000
     page = (tmp_path / "report.html").read_text()
     assert ">Heads and pairs of the circuit</h2>" in page
-    given = {"length": "20", "prompts": "1"}
+    given = {"length": "48", "prompts": "1", "text_contexts": "9"}
     faults = "\n".join(settings.build(experiment.Config(), given)[1])
-    assert "length=20 must be from 8 to 15" in faults
+    assert "length=48 must be from 2 to 47" in faults
+    assert "text_contexts=9 must be at least 64" in faults
     assert "two prompts" in faults
 
 
