@@ -9,7 +9,9 @@ Command:  python launch.py --experiment=snmf
 Example:  python launch.py --experiment=snmf --lm=gpt2 --layer=8 --k=100 --contexts=256
           --dataset=Skylion007/openwebtext
 Leaves:   out/snmf.json, snmf.txt, figures/snmf.png, report.html
-Hardware: 2 CPU cores, a few minutes.
+Hardware: 2 CPU cores, four minutes of processor time (twenty on a busy machine).
+Expected: 6.7 of 8 planted groups found, 0 by an SAE; steering alike, .025 and .027, of
+          other features' concepts .015 and .013, by random directions .005 and .003.
 Note:     nobody judges: what concept, fluency and success are here is at the top of
           `sae_jax/analysis/concepts.py`, and is not what the paper measures.
 """

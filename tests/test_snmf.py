@@ -80,14 +80,14 @@ def test_planted_groups_are_found_with_winners_and_not_without():
         x = jnp.asarray(planted.rows)
         error = {}
         for share, held in cosines.items():
-            found = factorise(x, 8, share=share, steps=400, seed=seed)
+            found = factorise(x, 8, share=share, steps=500, seed=seed)
             error[share] = unexplained(x, found.codes, found.groups)
             held.append(matched(planted.groups, found.groups))
             if share < 1:
                 assert ((found.groups != 0).sum(1) == 4).all()
         n_found = (cosines[0.02][-1] > FOUND).sum()
         whole += error[0.02] <= 0.05 and n_found >= 6
-        assert error[1.0] < 0.005 < error[0.02] or n_found >= 7
+        assert error[1.0] < min(0.005, error[0.02])
     assert whole >= 3
     assert np.mean(cosines[0.02]) > 0.8
     assert np.mean(cosines[1.0]) < 0.7

@@ -25,10 +25,11 @@ def circuits_figure(
 
     Args:
       heads: by model, what is known of the heads, and their mean score.
-      rows: by model, one for each seed, with the scores in `BARS`.
+      rows: by model, and perhaps others, one for each seed, with the scores in `BARS`.
     """
     figure, (left, right) = drawing.new_figure(1, 2, height=3.6)
-    for i, (name, (known, score)) in enumerate(heads.items()):
+    for name, (known, score) in heads.items():
+        i = [*rows].index(name)  # one colour in both panels
         style: dict[str, Any] = {"marker": drawing.MARKERS[i], "linestyle": ""}
         left.plot(known, score, label=name, ms=5, color=drawing.COLOURS[i], **style)
     left.set(xlabel="induction by the attention pattern", ylabel="score by codes")
@@ -43,6 +44,6 @@ def circuits_figure(
     right.set_xticks(range(len(BARS)), list(BARS.values()))
     right.set(ylim=(0, 1.05), ylabel="area under the ROC curve")
     for axes in (left, right):
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, frameon=False, loc="lower right")
         drawing.say_if_empty(axes)
     return figure
