@@ -12,7 +12,7 @@ Example:  python launch.py --experiment=circuits --lm=gpt2 --prompts=64 --positi
 Leaves:   out/circuits.json, circuits.txt, figures/circuits.png, report.html
 Hardware: 2 CPU cores, a minute of processor time (three on a busy machine).
 Expected: planted heads .93 (prompts of kinds drawn by lot .67); heads that copy in the
-          model trained to repeat .74 (.63); induction heads of the embedded model, three
+          model trained to repeat .74 (.63); the embedded model's induction heads, three
           that attend weakly, .51 (.54): as by chance.
 """
 
