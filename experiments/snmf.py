@@ -311,16 +311,18 @@ def in_columns(
     lines = [f"Planted groups found, of {K_PLANTED}, {len(planted)} seeds:"]
     for name in planted[0] if planted else ():
         own = [seed[name] for seed in planted]
+        error = np.mean([one["error"] for one in own])
+        said = f"   error {error:.4f}" if np.isfinite(error) else ""
         lines.append(
             f"  {name:<9} {np.mean([o['found'] for o in own]):5.2f}   mean |cos| "
-            f"{np.mean([o['cosine'] for o in own]):.3f}   error "
-            f"{np.mean([o['error'] for o in own]):.4f}"
+            f"{np.mean([o['cosine'] for o in own]):.3f}{said}"
         )
     lines += ["", f"{config.sites[0]}, {config.k} groups or features, held-out text:"]
     for name, row in scores.items():
         lines.append(
             f"  {NAMES[name]:<5} error {row['error']:.3f}, neurons {row['neurons']:.0f}"
-            f", active {row['active']:.1f}; S_CD above 0 for {row['s_cd_above_0']:.0%} "
+            f", active {row['active']:.1f}\n"
+            f"        S_CD above 0 for {row['s_cd_above_0']:.0%} "
             f"(shuffled {row['s_cd_shuffled_above_0']:.0%}), median "
             f"{row['s_cd_median']:.2f} (shuffled {row['s_cd_shuffled_median']:.2f})"
         )
