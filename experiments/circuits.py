@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from experiments import _repeating_lm as repeating
+from experiments._circuits_text import in_columns
 from experiments._planted_heads import codes_of, plant
 from sae_jax import report
 from sae_jax.analysis import circuits, heads
@@ -292,27 +293,3 @@ def row_of(
         for name, value in one._asdict().items():
             row[f"{name}{suffix}"] = None if np.isnan(value) else round(value, 4)
     return row
-
-
-def in_columns(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds, and the range."""
-    scores = (*Found._fields, "faithfulness")
-    lines = ["Mean over seeds (lowest to highest); in brackets by chance"]
-    for kind in dict.fromkeys((row["model"], row["truth"]) for row in rows):
-        own = [row for row in rows if (row["model"], row["truth"]) == kind]
-        lines.append(
-            f"{kind[0]}, circuit by {kind[1]}: {own[0]['in_circuit']} of "
-            f"{own[0]['heads']} heads, {len(own)} seeds"
-        )
-        for name in scores:
-            beside = "_of_others" if name == "faithfulness" else "_shuffled"
-            values, chance = (
-                np.array([row[n] for row in own if row.get(n) is not None], float)
-                for n in (name, f"{name}{beside}")
-            )
-            if len(values):
-                lines.append(
-                    f"  {name:<13} {values.mean():6.3f} ({values.min():.2f} to "
-                    f"{values.max():.2f})  [{chance.mean():.3f}]"
-                )
-    return "\n".join(lines)
