@@ -33,6 +33,7 @@ TINY = {
     "config.report.browse": "1",
     "config.report.steer": "1",
 }
+TRUTHS = ("pattern", "ablation")
 SAES = {
     "demo": ({}, 3),
     "train": ({"rule": "jump_relu(coef=0.001)", "site": "mlp_out.1"}, 1),
@@ -256,6 +257,79 @@ def test_dialogues_alone_and_in_blocks_are_compared(tmp_path, capsys):
             experiment.Config(), given | {"out": str(tmp_path / "new")} | wrong
         )[1]
         assert [one for one in faults if fault in one], faults
+
+
+def test_neuron_groups_beside_an_sae(tmp_path, capsys):
+    experiment = importlib.import_module("experiments.snmf")
+    given = {
+        **dict(out=str(tmp_path), k="8", steps="4", contexts="2", levels="4,2"),
+        **dict(sae_steps="4", held_out="4", steered="2", amounts="1,2", texts="2"),
+        **dict(planted="0", rule="topk(k=2)"),
+    }
+    config, faults = settings.build(experiment.Config(), given)
+    assert faults == []
+    experiment.run(config)
+    text = (tmp_path / "snmf.txt").read_text()
+    assert text in capsys.readouterr().out
+    found = json.loads((tmp_path / "snmf.json").read_text())
+    assert found["planted"] == []  # they take a minute
+    assert found["scores"]["snmf"]["neurons"] == 39  # of 768, a twentieth
+    for rows in found["features"].values():
+        assert len(rows) == 8
+    assert [row["amount"] for row in found["steering"]["SAE, shuffled"]] == [1, 2]
+    assert len(found["steering"]) == 6
+    for rows in found["steering"].values():
+        assert all(0 <= row["both"] <= 1 for row in rows)
+    assert [(row["way"], row["k"]) for row in found["levels"]] == [
+        ("factored", 4),
+        ("factored", 2),
+        ("tuned", 2),
+    ]
+    assert (tmp_path / "figures" / "snmf.png").stat().st_size > 5000
+    assert ">Neuron groups beside an SAE</h2>" in (tmp_path / "report.html").read_text()
+    given = {"layer": "4", "part": "heldout", "share": "0", "steered": "1"}
+    faults = "\n".join(settings.build(experiment.Config(), given)[1])
+    for fault in (
+        "mlp_hidden.4' needs a layer from 0 to 3",
+        "part=heldout is what concepts",
+        "share=0.0 must be above 0",
+        "steered and held_out must be at least 2",
+    ):
+        assert fault in faults
+
+
+def test_circuits_by_codes(tmp_path, capsys):
+    experiment = importlib.import_module("experiments.circuits")
+    given = {"out": str(tmp_path), "steps": "3", "prompts": "3", "length": "8"}
+    given |= {"repeating": "2", "seeds": "0,1", "n_features": "16"}
+    given |= {"text_contexts": "64"}
+    config, faults = settings.build(experiment.Config(), given)
+    assert faults == []
+    experiment.run(config)
+    text = (tmp_path / "circuits.txt").read_text()
+    assert text in capsys.readouterr().out
+    found = json.loads((tmp_path / "circuits.json").read_text())
+    kinds = [(row["model"], row["truth"], row["seed"]) for row in found["rows"]]
+    assert len(kinds) == len(set(kinds)) == 2 + 2 * 2 * 2
+    assert {kind[:2] for kind in kinds} == {
+        ("planted vectors", "planted"),
+        *((m, t) for m in ("trained to repeat", "embedded") for t in TRUTHS),
+    }
+    for row in found["rows"]:
+        if 0 < row["in_circuit"] < row["heads"]:
+            assert 0 <= row["node_auc"] <= 1
+            assert 0 <= row["node_auc_shuffled"] <= 1
+    heads = found["heads"]["embedded"]
+    assert len(heads["attention"]) == len(heads["rise"]) == len(heads["score"]) == 24
+    assert heads["none"] > heads["clean"]
+    assert (tmp_path / "figures" / "circuits.png").stat().st_size > 5000
+    page = (tmp_path / "report.html").read_text()
+    assert ">Heads and pairs of the circuit</h2>" in page
+    given = {"length": "48", "prompts": "1", "text_contexts": "9"}
+    faults = "\n".join(settings.build(experiment.Config(), given)[1])
+    assert "length=48 must be from 2 to 47" in faults
+    assert "text_contexts=9 must be at least 64" in faults
+    assert "two prompts" in faults
 
 
 def test_the_papers_comparison_is_written_beside_the_report(tmp_path, capsys):

@@ -17,7 +17,7 @@ from sae_jax.analysis.interpretation.asking import (
     written,
 )
 from sae_jax.analysis.interpretation.chat import Endpoint, LocalModel, Recorded
-from sae_jax.analysis.interpretation.scores import auroc, marks, score, shuffled, truth
+from sae_jax.analysis.interpretation.scores import marks, score, shuffled, truth
 from sae_jax.analysis.interpretation.token_rules import (
     Explanation,
     RuleJudge,
@@ -25,6 +25,7 @@ from sae_jax.analysis.interpretation.token_rules import (
     TokenRules,
 )
 from sae_jax.analysis.interpretation.windows import Examples, Sampler, Windows, choose
+from sae_jax.analysis.ranking import auroc
 from sae_jax.evaluation.firings import Firings
 from sae_jax.lm.edits import add, scale
 from tests.toys import toy_lm

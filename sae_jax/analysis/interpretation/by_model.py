@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from sae_jax.analysis.interpretation.scores import auroc
 from sae_jax.analysis.interpretation.windows import Examples
+from sae_jax.analysis.ranking import auroc
 from sae_jax.evaluation.heldout import divergences
 from sae_jax.lm.edits import Edit
 from sae_jax.lm.generate import generate

@@ -25,10 +25,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import rankdata
 
 from sae_jax.analysis.interpretation.token_rules import Explanation
 from sae_jax.analysis.interpretation.windows import Examples, Windows, marked
+from sae_jax.analysis.ranking import auroc
 
 THRESHOLD = 0.3  # of the feature's highest: tokens above are marked (the paper's code)
 
@@ -94,13 +94,6 @@ def truth(right: Sequence[float | None], wrong: Sequence[float | None]) -> Truth
         return Truth(math.nan, math.nan, len(yes), len(no), failed)
     accuracy = ((yes >= 0.5).mean() + (no < 0.5).mean()) / 2
     return Truth(auroc(yes, no), float(accuracy), len(yes), len(no), failed)
-
-
-def auroc(right: Float[np.ndarray, " n"], wrong: Float[np.ndarray, " m"]) -> float:
-    """The chance that a right one is above a wrong one, ties counted as half."""
-    ranks = rankdata(np.concatenate([right, wrong]))[: len(right)]
-    n, m = len(right), len(wrong)
-    return float((ranks.sum() - n * (n + 1) / 2) / (n * m))
 
 
 def score(judge: Judge, explanation: Explanation, examples: Examples) -> Scores:
