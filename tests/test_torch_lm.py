@@ -17,7 +17,9 @@ import transformers  # noqa: E402
 
 from sae_jax.lm import torch_hooks, torch_lm  # noqa: E402
 from sae_jax.lm.edits import ablate, add, apply, replace, scale  # noqa: E402
+from sae_jax.lm.sites import gradient_of  # noqa: E402
 from sae_jax.lm.torch_lm import TorchLM, to_jax  # noqa: E402
+from sae_jax.text.blocks import Block  # noqa: E402
 from tests import gpt2_oracle as oracle  # noqa: E402
 from tests.gpt2_oracle import LAYERS, NEAR, PLACES, SITES, edit_pair  # noqa: E402
 
@@ -290,6 +292,25 @@ def test_flax_and_torch_give_the_same_gradients(both, tokens):
         same(run.values, theirs.values, off)
         np.testing.assert_allclose(run.losses, theirs.losses, **NEAR)
     assert mine.gradients(tokens, ())[1] == {}
+
+
+def test_rows_and_their_gradients_are_harvested_alike(both):
+    """Of contexts of several lengths, in several passes."""
+    from sae_jax.activations import Harvester
+
+    mine, flax, off = both
+    rng = np.random.default_rng(4)
+    real = np.arange(9) < np.array([[9], [5], [7]])
+    tokens = np.where(real, rng.integers(VOCAB, size=(3, 9)), 0)
+    places = np.nonzero(real & (np.arange(9) > 0))
+    block = Block(tokens, real, *places, place=None, after=None)
+    sites = "resid_pre.1", "mlp_hidden.0"
+    found, expected = (
+        Harvester(lm, sites, contexts_per_pass=2, gradients=sites[:1]).rows(block)
+        for lm in (mine, flax)
+    )
+    assert {*found} == {*sites, gradient_of(sites[0])}
+    same(found, expected, off)
 
 
 def ran(model, act):
