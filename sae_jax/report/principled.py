@@ -254,7 +254,7 @@ def _draw_f1(axes: Axes, saes: Sequence[Row], colours: Mapping[str, str]) -> Non
         axes.plot(x, list(row["told"].values()), **style)
         axes.plot(x, list(row["told_by_chance"].values()), mfc="white", **style)
         axes.set_xticks(range(len(row["told"])), list(row["told"]))
-    axes.set(ylim=(0, 1.03), ylabel="highest F1 for a value")
+    axes.set(ylim=(0, 1.03), ylabel="highest F1 for a value\n(hollow: labels shuffled)")
 
 
 def _draw_occlusion(axes: Axes, rows: Sequence[Row]) -> None:
