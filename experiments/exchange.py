@@ -143,7 +143,7 @@ def peer(config: Config, library: str, task: str, folder: Path) -> dict[str, str
 def read_theirs(library: str, folder: Path) -> Iterator[Row]:
     """Their SAEs in our hands."""
     for case in sorted(path.parent for path in folder.rglob("expected.npz")):
-        expected, name = np.load(case / "expected.npz"), case.name
+        expected, name = arrays(case / "expected.npz"), case.name
         files = {".safetensors", ".pt", ".npz"}
         (at,) = {
             path.parent
@@ -222,6 +222,12 @@ def ours() -> Iterator[tuple[str, TrainedSAE]]:
             yield case, TrainedSAE(sae, made, {"site": "resid_post.3", "lm": "gpt2"})
 
 
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """What an npz file holds; it is closed again."""
+    with np.load(path) as file:
+        return dict(file)
+
+
 def sample(seed: int) -> np.ndarray:
     """Rows with a mean, on no special scale."""
     rng = np.random.default_rng(seed)
@@ -235,7 +241,7 @@ def compared(library: str, folder: Path, remarks: dict[str, str]) -> Iterator[Ro
             yield Row(library, "read there", case, None, None, remark)
             continue
         at = folder / f"{int(remark):03}"
-        found, known = np.load(at / "found.npz"), np.load(at / "ours.npz")
+        found, known = arrays(at / "found.npz"), arrays(at / "ours.npz")
         pair = [relative(found[part], known[part]) for part in ("codes", "x_hat")]
         yield Row(library, "read there", case, *pair, "")
 

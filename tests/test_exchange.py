@@ -50,7 +50,8 @@ def encoded(trained: TrainedSAE, x):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_codes_are_those_of_the_library_that_wrote_it(case):
-    expected = np.load(case / "expected.npz")
+    with np.load(case / "expected.npz") as file:
+        expected = dict(file)
     if case.parent.name in ("dictionary_learning", "openai"):
         pytest.importorskip("torch")
     read = load(str(folder_of(case)))
