@@ -42,8 +42,8 @@ def pytest_terminal_summary(terminalreporter):
 def forget():
     """Drops compiled programs after each file.
 
-    Each holds about ten mappings of memory, and a process that has had 65,530 of them
-    (Linux's vm.max_map_count) is killed in the midst of a compilation.
+    Each holds about ten mappings of memory, and a process has no more than 65,530
+    (Linux's vm.max_map_count): a compilation that gets none crashes.
     """
     yield
     jax.clear_caches()
