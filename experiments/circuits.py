@@ -16,7 +16,6 @@ Expected: planted heads .93 (prompts of kinds drawn by lot .67); heads that copy
           that attend weakly, .51 (.54): as by chance.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +26,16 @@ from jaxtyping import Bool, Float
 
 from experiments import _repeating_lm as repeating
 from experiments._circuits_text import in_columns
+from experiments._left import leave_found, leave_page
 from experiments._planted_heads import codes_of, plant
-from sae_jax import report
 from sae_jax.analysis import circuits, heads
 from sae_jax.analysis.circuits import Found
 from sae_jax.config import ModelConfig, TextConfig
 from sae_jax.evaluation import HeldOut
 from sae_jax.report import drawing
 from sae_jax.report.circuits import circuits_figure
-from sae_jax.run.folder import environment
-from sae_jax.settings import Spec, to_dict
+from sae_jax.settings import Spec
 from sae_jax.text.documents import Part
-from sae_jax.whole_files import write_whole
 
 Truth = Literal["pattern", "ablation"]
 SHARE, LEAST = 0.1, 0.02  # of the largest rise in loss, and nats: else no part of it
@@ -125,32 +122,25 @@ def run(config: Config) -> None:
         rows += found
         of_heads[name] = known._asdict() | {"score": scores}
     text = in_columns(rows)
-    write_whole(out / "circuits.txt", f"{text}\n")
     record = {
         "rows": rows,
         "heads": {n: plain(one) for n, one in of_heads.items()},
         "repeating_loss": losses[-1:],
-        "settings": to_dict(config),
     }
-    write_whole(out / "circuits.json", json.dumps(record, indent=1) + "\n")
+    leave_found("circuits", config, text, record)
     picture = out / "figures" / "circuits.png"
     drawn = {
         name: [r for r in rows if r["model"] == name and r["truth"] != "ablation"]
         for name in ("planted vectors", *models)
     }
     drawing.save(circuits_figure(shown, drawn), picture)
-    print(f"\n{text}\n", flush=True)
-    report.write_page(
-        out / "report.html",
+    leave_page(
+        config,
         title="Circuits by discrete codes",
         summary=f"Language model: {config.lm}. {config.prompts} prompts of each kind.",
-        rows=[],
         figures=[(picture, CAPTION)],
         notes={"Heads and pairs of the circuit": text},
-        config=to_dict(config),
-        about=environment(),
     )
-    print(f"Report: {(out / 'report.html').resolve()}")
 
 
 def of_text(config: Config) -> Blocks:

@@ -20,7 +20,6 @@ Note:     the law of widths is meant at one sparsity: train with a rule whose L0
           to score: 2,400 contexts of 128.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,22 +30,20 @@ import numpy as np
 from experiments import audit
 from experiments._dark_matter import errors_of
 from experiments._finished import Finished, opened
+from experiments._left import leave_found, leave_page
 from experiments._report import Figure, report_on, rows_of
 from experiments._training import Config as Training
 from experiments._training import Result, Wanted, run_training
 from experiments._widths import laws_of, predictions, said_of_widths
-from sae_jax import report
 from sae_jax.analysis.least_squares import LEAST
 from sae_jax.config import Data, Dictionary, Evaluating, ModelConfig, TextConfig
 from sae_jax.losses import AuxK
 from sae_jax.report import drawing
 from sae_jax.report.dark_matter import parts_figure
-from sae_jax.run.folder import environment
 from sae_jax.run.loop import Every
 from sae_jax.run.stop import Stop
-from sae_jax.settings import Spec, to_dict
+from sae_jax.settings import Spec
 from sae_jax.training.recipe import Recipe
-from sae_jax.whole_files import write_whole
 
 SITE = "resid_post.2"
 TITLE = "Linear and nonlinear error"
@@ -189,33 +186,21 @@ def analyse(config: Config, result: Result) -> None:
     tokens = predictions(points, errors)
     widths = said_of_widths(points, laws, no_law, tokens)
     text = f"{errors.text()}\n\n{widths}"
-    write_whole(out / "dark_matter.txt", f"{text}\n")
     record = {
         "saes": points,
         "laws": {name: law._asdict() for name, law in laws.items()},
         "no_law": no_law,
         "tokens": {name: one._asdict() for name, one in tokens.items()},
-        "settings": to_dict(config),
     }
-    write_whole(out / "dark_matter.json", json.dumps(record, indent=1) + "\n")
+    leave_found("dark_matter", config, text, record)
     picture = out / "figures" / "dark_matter.png"
     ends = dict.fromkeys(row["name"] for row in points[:1] + points[-1:])
     shown = {name: errors.found[name] for name in ends}
     drawing.save(parts_figure(points, laws, shown), picture)
-    print(f"\n{text}\n", flush=True)
     figures = [Figure(picture, CAPTION)]
     notes = {TITLE: errors.text(), "Over widths": widths}
     if not config.saes:
         report_on(config, result, title=TITLE, figures=figures, notes=notes)
         return
-    report.write_page(
-        out / "report.html",
-        title=f"{TITLE} of {', '.join(result.trained)}",
-        summary=f"Language model: {config.lm}. Text: {config.dataset}.",
-        rows=rows,
-        figures=figures,
-        notes=notes,
-        config=to_dict(config),
-        about=environment(),
-    )
-    print(f"Report: {(out / 'report.html').resolve()}")
+    title = f"{TITLE} of {', '.join(result.trained)}"
+    leave_page(config, title=title, rows=rows, figures=figures, notes=notes)

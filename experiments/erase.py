@@ -17,7 +17,6 @@ Expected: on the files of Python 3.11 with a TopK of 1,536 features and five see
 Note:     beside each area under the ROC curve stands that of shuffled labels.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,19 +26,16 @@ import numpy as np
 
 from experiments._erase import Texts, drawn, renamed, split, tried
 from experiments._finished import Finished, opened, read
+from experiments._left import leave_found, leave_page
 from experiments._report import Figure
-from sae_jax import report
 from sae_jax.analysis import erasure
 from sae_jax.evaluation import HeldOut
 from sae_jax.evaluation.firings import record
 from sae_jax.lm.source import Source
 from sae_jax.report import drawing
 from sae_jax.report.erasure import effects_figure, effects_text
-from sae_jax.run.folder import environment
-from sae_jax.settings import to_dict
 from sae_jax.text.documents import Part
 from sae_jax.trained import TrainedSAE
-from sae_jax.whole_files import write_whole
 
 TITLE = "Erasing a concept"
 CAPTION = (
@@ -127,21 +123,9 @@ def run(config: Config) -> None:
         notes[f"{TITLE}: {name}"] = effects_text(rows)
         found[name] = {"features": chosen[0].tolist(), "effects": rows}
     text = "\n\n".join(f"{head}\n\n{said}" for head, said in notes.items())
-    write_whole(out / "erase.txt", f"{text}\n")
-    record = {"saes": found, "settings": to_dict(config)}
-    write_whole(out / "erase.json", json.dumps(record, indent=1) + "\n")
-    print(f"\n{text}\n", flush=True)
-    report.write_page(
-        out / "report.html",
-        title=f"{TITLE} by {', '.join(reading.saes)}",
-        summary=f"Language model: {config.lm}. Text: {config.dataset}.",
-        rows=[],
-        figures=figures,
-        notes=notes,
-        config=to_dict(config),
-        about=environment(),
-    )
-    print(f"Report: {(out / 'report.html').resolve()}")
+    leave_found("erase", config, text, {"saes": found})
+    title = f"{TITLE} by {', '.join(reading.saes)}"
+    leave_page(config, title=title, figures=figures, notes=notes)
 
 
 def texts(config: Config, tokenizer: Any) -> tuple[Texts, dict[str, HeldOut]]:

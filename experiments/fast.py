@@ -22,13 +22,13 @@ Expected: on the files of Python 3.11, TopK: MSE .79, .92, 1.29 of all tokens an
 Note:     the paper's headline "MSE" is log2 of that of special tokens.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from experiments._dialogues import FILE, PARTS, prepared
+from experiments._left import leave_found, leave_page
 from experiments._report import Figure, rows_of
 from experiments._training import Config as Training
 from experiments._training import Wanted, run_training
@@ -40,10 +40,9 @@ from sae_jax.losses import AuxK
 from sae_jax.report import drawing
 from sae_jax.report.dialogues import dialogues_figure, dialogues_text
 from sae_jax.run import hosts
-from sae_jax.run.folder import environment
 from sae_jax.run.loop import Every
 from sae_jax.run.stop import Stop
-from sae_jax.settings import Spec, to_dict
+from sae_jax.settings import Spec
 from sae_jax.text.dialogues import rendered
 from sae_jax.text.opening import open_documents
 from sae_jax.trained import TrainedSAE
@@ -207,21 +206,15 @@ def write(
         + "."
     )
     text = dialogues_text(rows)
-    write_whole(out / "fast.txt", f"{said}\n\n{text}\n")
-    record = {"saes": rows, "settings": to_dict(config)}
-    write_whole(out / "fast.json", json.dumps(record, indent=1) + "\n")
+    leave_found("fast", config, f"{said}\n\n{text}", {"saes": rows})
     write_whole(out / "results.csv", report.csv_text(rows))
     picture = out / "figures" / "fast.png"
     drawing.save(dialogues_figure(rows, WAYS), picture)
-    print(f"\n{said}\n\n{text}\n", flush=True)
-    report.write_page(
-        out / "report.html",
+    leave_page(
+        config,
         title=TITLE,
         summary=f"Language model: {config.lm}. {said}",
         rows=rows,
         figures=[Figure(picture, CAPTION)],
         notes={TITLE: text},
-        config=to_dict(config),
-        about=environment(),
     )
-    print(f"Report: {(out / 'report.html').resolve()}")

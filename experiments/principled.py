@@ -22,7 +22,6 @@ Note:     SAEs are trained on the task's own activations (once more with a froze
           nothing agrees stands beside all edits, F1 of shuffled labels beside all F1.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from experiments._finished import opened
+from experiments._left import leave_found, leave_page
 from experiments._principled import Represent, Row, Trial, measure
 from experiments._principled_saes import (
     RANDOM,
@@ -40,7 +40,6 @@ from experiments._principled_saes import (
     text_rows,
     trained,
 )
-from sae_jax import report
 from sae_jax.analysis.places import Place
 from sae_jax.analysis.principled.interpretability import (
     MOST_IN_UNION,
@@ -52,11 +51,9 @@ from sae_jax.analysis.tasks import TASKS
 from sae_jax.config import Dictionary, ModelConfig, TextConfig
 from sae_jax.report import drawing
 from sae_jax.report.principled import all_text, control_figure
-from sae_jax.run.folder import environment
-from sae_jax.settings import Spec, to_dict
+from sae_jax.settings import Spec
 from sae_jax.trained import TrainedSAE
 from sae_jax.training.recipe import Recipe
-from sae_jax.whole_files import write_whole
 
 TITLE = "Dictionaries against known attributes"
 CAPTION = (
@@ -196,26 +193,19 @@ def run(config: Config) -> None:
         "shares": shares(trial),
         "dictionaries": rows,
         "occlusion": occlusion(trial, occluded),
-        "settings": to_dict(config),
     }
     notes = all_text(config.task, record)
     text = "\n\n".join(f"{heading}\n{said}" for heading, said in notes.items())
-    write_whole(out / "principled.json", json.dumps(record, indent=1) + "\n")
-    write_whole(out / "principled.txt", text + "\n")
+    leave_found("principled", config, text, record)
     picture = out / "figures" / "principled.png"
     drawing.save(control_figure(record), picture)
-    print(f"\n{text}\n", flush=True)
-    report.write_page(
-        out / "report.html",
+    leave_page(
+        config,
         title=TITLE,
         summary=f"Language model: {config.lm}. Task: {config.task}.",
-        rows=[],
         figures=[(picture, CAPTION)],
         notes=notes,
-        config=to_dict(config),
-        about=environment(),
     )
-    print(f"Report: {(out / 'report.html').resolve()}")
 
 
 def _supervised(trial: Trial, fit: Any, place: Place, rows: Any, values: Any) -> Any:

@@ -16,7 +16,6 @@ Note:     nobody judges: what concept, fluency and success are here is at the to
           `sae_jax/analysis/concepts.py`, and is not what the paper measures.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,9 @@ import numpy as np
 from jaxtyping import Float
 
 import sae_jax
+from experiments._left import leave_found, leave_page
 from experiments._planted_groups import compare
 from experiments._snmf_text import K_PLANTED, NAMES, in_columns, known
-from sae_jax import report
 from sae_jax.analysis import concepts
 from sae_jax.analysis.concepts import Steering
 from sae_jax.analysis.snmf.factors import encode, factorise, unexplained
@@ -40,11 +39,9 @@ from sae_jax.evaluation import HeldOut
 from sae_jax.report import drawing
 from sae_jax.report.browser_chunks import token_texts
 from sae_jax.report.neuron_groups import groups_figure
-from sae_jax.run.folder import environment
-from sae_jax.settings import Spec, to_dict
+from sae_jax.settings import Spec
 from sae_jax.text.opening import open_documents
 from sae_jax.training.recipe import Recipe
-from sae_jax.whole_files import write_whole
 
 WAYS = ("on", "next")  # tokens that it fires on, and that come next
 TEXT = 64  # tokens of a context that is steered
@@ -131,30 +128,22 @@ def run(config: Config) -> None:
     steering = steered(config, lm, found, heldout, said)
     rows = {name: one.scores for name, one in found.items()}
     text = in_columns(config, planted, rows, steering, levels)
-    write_whole(out / "snmf.txt", f"{text}\n")
     record = {
         "planted": planted,
         "scores": rows,
         "steering": steering,
         "levels": levels,
         "features": said,
-        "settings": to_dict(config),
     }
-    write_whole(out / "snmf.json", json.dumps(known(record), indent=1) + "\n")
+    leave_found("snmf", config, text, known(record))
     picture = out / "figures" / "snmf.png"
     drawing.save(groups_figure(planted, steering, K_PLANTED), picture)
-    print(f"\n{text}\n", flush=True)
-    report.write_page(
-        out / "report.html",
+    leave_page(
+        config,
         title=f"Neuron groups of {config.sites[0]}",
-        summary=f"Language model: {config.lm}. Text: {config.dataset}.",
-        rows=[],
         figures=[(picture, CAPTION)],
         notes={"Neuron groups beside an SAE": text},
-        config=to_dict(config),
-        about=environment(),
     )
-    print(f"Report: {(out / 'report.html').resolve()}")
 
 
 def rows_at(lm: Any, contexts: HeldOut, site: str) -> Float[np.ndarray, "N T D"]:
