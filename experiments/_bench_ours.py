@@ -1,7 +1,8 @@
 """Our side of `bench`: a training step of `sae_jax`, or the encoder's product alone.
 
 The step is that of `Recipe` with Adam and without clipping; dead features get the
-auxiliary loss if the rule's record says so.
+auxiliary loss if the rule's record says so. A rule that needs gradients of the model's
+loss gets other rows in their place.
 
     python -m experiments._bench_ours ours|floor TASK
 """
@@ -41,7 +42,10 @@ def ours(task: Task) -> System:
     recipe = sae_jax.Recipe(lr=3e-4, clip=None, accumulate=task.accumulate)
     step = recipe.make_step(sae)
     state = started(sae, recipe, W_dec)
-    batches = itertools.cycle([{"x": jnp.asarray(rows)} for rows in x])
+    given = [{"x": jnp.asarray(rows)} for rows in x]
+    if "grad_x" in sae.bound.rule.needs:  # what they are does not count here
+        given = [{**batch, "grad": jnp.roll(batch["x"], 1, 0)} for batch in given]
+    batches = itertools.cycle(given)
 
     def once() -> Any:
         nonlocal state

@@ -71,7 +71,7 @@ class Config:
     )
     ks: Annotated[tuple[int, ...], "budgets, for rules that have one"] = (32, 128)
     rules: Annotated[
-        tuple[Spec, ...], "rules to time; none given: all that need no gradients of x"
+        tuple[Spec, ...], "rules to time; none given: all that are registered"
     ] = ()
     rule_files: Annotated[
         tuple[str, ...], "Python files with rules of your own, by commas"
@@ -149,7 +149,7 @@ class Case(NamedTuple):
 
 def cases(config: Config) -> list[Case]:
     """All that is to be timed, size by size."""
-    specs = config.rules or [n for n in RULES if "grad_x" not in RULES[n].needs]
+    specs = config.rules or list(RULES)
     found = []
     for size in config.sizes:
         batch, width, n_features = map(int, size.split("x"))

@@ -47,9 +47,10 @@ def trajectory(
     unit, buffer, lengths = 1.0, [], []
     for t, x in enumerate(batches, start=1):
         buffer.append(x @ W.T + unit * bias)
-        lengths += [np.sqrt(row @ row) for row in x]
+        lengths.append([np.sqrt(row @ row) for row in x])
         if t % hp["every"] == 0:
-            unit = float(np.mean(lengths))
+            unit = float(np.mean(np.concatenate(lengths)))
             bias = adapted(np.concatenate(buffer) / unit, bias, hp)
-            buffer, lengths = [], []
+            old = max(len(buffer) - (hp["windows"] - 1) * hp["every"], 0)
+            buffer, lengths = buffer[old:], lengths[old:]
         yield bias, unit

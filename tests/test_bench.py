@@ -65,9 +65,10 @@ def test_it_leaves_rows_and_a_figure(tmp_path, capsys):
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
 
-def test_the_first_loss_is_that_of_the_given_rows_and_weights(tmp_path):
+@pytest.mark.parametrize("rule", ["topk", "gradient_topk(beta=0.0)"])
+def test_the_first_loss_is_that_of_the_given_rows_and_weights(tmp_path, rule):
     config = configured(
-        out=str(tmp_path), sizes="24x8x32", ks="3", rules="topk", peers="", rounds="1"
+        out=str(tmp_path), sizes="24x8x32", ks="3", rules=rule, peers="", rounds="1"
     )
     bench.run(config)
     report = json.loads((tmp_path / "bench.json").read_text())
@@ -109,12 +110,12 @@ def test_what_cannot_be_timed_is_said(given, fault):
     assert any(text.startswith(fault) for text in faults), faults
 
 
-def test_every_rule_is_timed_unless_it_needs_gradients():
+def test_every_rule_is_timed():
     config = configured(sizes="8x768x256,4x768x256", ks="3,5")
     found = [(c.bound.rule.name, c.k, c.size) for c in bench.cases(config)]
     for name in sae_jax.RULES:
         rule = sae_jax.RULES[name]
-        ks = [] if "grad_x" in rule.needs else [3, 5] if rule.budget else [None]
+        ks = [3, 5] if rule.budget else [None]
         both = [(name, k, (rows, 768, 256)) for rows in (8, 4) for k in ks]
         assert [case for case in found if case[0] == name] == both
     assert len(set(found)) == len(found)

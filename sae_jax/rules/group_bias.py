@@ -37,6 +37,7 @@ def group_bias(
     lowest: float = 1e-3,
     groups: int = 10,
     every: int = 50,
+    windows: int = 2,
     lower: float = 0.01,
     lift: float = 0.01,
     dead_below: float = 1e-6,
@@ -50,14 +51,15 @@ def group_bias(
     scales and b_dec learn by the mean-MSE alone; how biases move is in `adapted`.
 
     Bias stays in [-1, 0], so inputs are to have norm 1. Here `unit`, the mean norm of
-    rows in the last window, stands in for that: it makes bias a fraction of it, and the
-    rule the same under any scale of the inputs.
+    rows in the buffer, stands in for that: it makes bias a fraction of it, and the rule
+    the same under any scale of the inputs.
 
-    Statistics are of the `every` steps since the last adaptation, not of one batch: at
-    a frequency of 1e-3 a batch of 512 rows sees half an event. Of the pre-activations,
-    which the paper buffers, only how many are positive and the largest are read, so a
-    count and a maximum per feature replace the buffer. What is fed in pieces
-    (`accumulate`) adapts after the first piece of the step.
+    Statistics are of a buffer, not of one batch: at a frequency of 1e-3 a batch of 512
+    rows sees half an event. It holds the last `windows` stretches of `every` steps, of
+    which the older ones saw older biases (third-party code buffers 40,960 rows, which
+    is 1.6 of them). Of the pre-activations only how many are positive and the largest
+    are read, so a count and a maximum per feature and window replace them. What is fed
+    in pieces (`accumulate`) adapts after the first piece of the step.
 
     The targets fall from `highest` to `lowest` in geometric progression. Sources
     disagree about both: 0.5 and 1e-3 to 1e-4 as settings, 0.1 and 1e-4 in the text of
@@ -93,14 +95,15 @@ def observed(state: State, inputs: Inputs, is_new: Array) -> State:
     valid = jnp.ones(len(pre), bool) if inputs.mask is None else inputs.mask
     on = valid[:, None] & (pre > 0)
     norms = jnp.where(valid, jnp.linalg.norm(x, axis=1), 0)
+    # A sum of floats is eight times as fast as one of booleans, and exact here.
+    fired = jnp.where(on, 1.0, 0.0).sum(0).astype(jnp.int32)
     found = {
         "steps": state["steps"] + is_new,
         "last_step": jnp.asarray(inputs.step),
-        "rows": state["rows"] + valid.sum(),
-        "norms": state["norms"] + norms.sum(),
-        # A sum of floats is eight times as fast as one of booleans, and exact here.
-        "fired": state["fired"] + jnp.where(on, 1.0, 0.0).sum(0).astype(jnp.int32),
-        "largest": jnp.maximum(state["largest"], jnp.where(on, pre, 0).max(0)),
+        "rows": state["rows"].at[0].add(valid.sum()),
+        "norms": state["norms"].at[0].add(norms.sum()),
+        "fired": state["fired"].at[:, 0].add(fired),
+        "largest": state["largest"].at[:, 0].max(jnp.where(on, pre, 0).max(0)),
     }
     return {name: found.get(name, a).astype(a.dtype) for name, a in state.items()}
 
@@ -118,17 +121,17 @@ def adapted(
     lift: float,
     dead_below: float,
 ) -> State:
-    """New biases from the statistics of a window, which begins again.
+    """New biases from the statistics of the buffer, where a new window begins.
 
     With p_m the share of rows with `pre_m > 0`, r_m = max(0, largest pre_m) and r_k the
     mean of those r_m of group k that are above 0: where p_m is above its target
     `bias_m = max(bias_m - lower * r_m, -1)`; where it is below `dead_below`
     `bias_m = min(bias_m + lift * r_k, 0)`; else as it was.
     """
-    rows = jnp.maximum(state["rows"], 1)
-    frequency = state["fired"] / rows
-    unit = jnp.where(state["norms"] > 0, state["norms"] / rows, state["unit"])
-    reach = state["largest"] / unit
+    rows, norms = jnp.maximum(state["rows"].sum(), 1), state["norms"].sum()
+    frequency = state["fired"].sum(1) / rows
+    unit = jnp.where(norms > 0, norms / rows, state["unit"])
+    reach = state["largest"].max(1) / unit
     in_group = state["group"][:, None] == jnp.arange(groups)
     counted = in_group & (reach > 0)[:, None]
     means = jnp.where(counted, reach[:, None], 0).sum(0)
@@ -137,34 +140,30 @@ def adapted(
     lowered = jnp.maximum(bias - lower * reach, -1)
     lifted = jnp.minimum(bias + lift * means[state["group"]], 0)
     kept = jnp.where(frequency < dead_below, lifted, bias)
-    found = {
-        "bias": jnp.where(frequency > targets, lowered, kept),
-        "unit": unit,
-        "group": state["group"],
-        "last_step": state["last_step"],
-    }
-    return {
-        name: found.get(name, jnp.zeros_like(a)).astype(a.dtype)
-        for name, a in state.items()
-    }
+    bias = jnp.where(frequency > targets, lowered, kept).astype(bias.dtype)
+    found = {"bias": bias, "unit": unit, "steps": jnp.zeros_like(state["steps"])}
+    for name in ("rows", "norms", "fired", "largest"):
+        found[name] = jnp.roll(state[name], 1, -1).at[..., 0].set(0)
+    return {**state, **found}
 
 
-def init(key: Array, params: Params, *, groups: int = 10) -> tuple[Params, State]:
+def init(
+    key: Array, params: Params, *, groups: int = 10, windows: int = 2
+) -> tuple[Params, State]:
     """Scales of 1 and biases of 0; features fall into groups of one size."""
     W_dec, b_dec = params["W_dec"], params["b_dec"]
     zeros = jnp.zeros_like(params["b_enc"])
-    n_features = len(zeros)
-    none = jnp.zeros((), jnp.int32)
+    n_features, dtype = len(zeros), zeros.dtype
     state = {
         "bias": zeros,
-        "unit": jnp.ones((), zeros.dtype),
+        "unit": jnp.ones((), dtype),
         "group": jnp.arange(n_features, dtype=jnp.int32) * groups // n_features,
-        "fired": jnp.zeros(n_features, jnp.int32),
-        "largest": zeros,
-        "rows": none,
-        "norms": jnp.zeros((), zeros.dtype),
-        "steps": none,
-        "last_step": none - 1,
+        "fired": jnp.zeros((n_features, windows), jnp.int32),
+        "largest": jnp.zeros((n_features, windows), dtype),
+        "rows": jnp.zeros(windows, jnp.int32),
+        "norms": jnp.zeros(windows, dtype),
+        "steps": jnp.zeros((), jnp.int32),
+        "last_step": jnp.full((), -1, jnp.int32),
     }
     return {"W_dec": W_dec, "b_dec": b_dec, "scale": jnp.ones_like(zeros)}, state
 
@@ -185,13 +184,21 @@ def export(params: Params, state: State, *, form: Form) -> Counterpart:
 
 
 def faults(
-    n_features: int, *, highest: float, lowest: float, groups: int, every: int
+    n_features: int,
+    *,
+    highest: float,
+    lowest: float,
+    groups: int,
+    every: int,
+    windows: int,
 ) -> Iterable[str]:
     """Frequencies must fall, and groups have features."""
     if not 1 <= groups <= n_features:
         yield f"groups={groups} must be at least 1 and at most {n_features=}."
     if every == 0:
         yield "every=0 never adapts; 1: after each step."
+    if windows < 1:
+        yield f"windows={windows} keeps no rows; 1: those since the last time."
     if groups > 1 and not 0 < lowest <= highest:
         yield f"lowest={lowest} must be above 0 and at most highest={highest}."
 

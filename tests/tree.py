@@ -1,12 +1,12 @@
-"""Activations with a hierarchy in them, of known truth. Not an experiment.
+"""Rows with a hierarchy in them, of known truth.
 
 The tree benchmark of Costa et al. 2025, arXiv:2506.03093: 20 features in R^20, of which
 three parents have three children each and eight stand alone. A row has exactly one of
 the 11 top nodes; one that is a parent may have one of its children with it.
 """
 
-from typing import NamedTuple
-
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 PARENTS, CHILDREN, ALONE = 3, 3, 8
@@ -17,38 +17,29 @@ P_CHILD = 0.2  # of each child, given its parent; none with 0.4
 MEAN_L0 = 1 + PARENTS * P_PARENT * CHILDREN * P_CHILD
 
 
-class Tree(NamedTuple):
-    """Rows `[B, 20]`, unit directions `[20, 20]`, codes: x = codes @ directions.
+def directions(cosine: float, seed: int) -> np.ndarray:
+    """Unit rows; siblings have this cosine, parents and children are orthogonal.
 
-    Features 0 to 2 are the parents, 3 to 10 stand alone, then come the children, those
-    of the first parent first.
+    The first three are the parents, 3 to 10 stand alone, then come the children, those
+    of the first parent first. The top nodes are siblings of one another.
     """
-
-    x: np.ndarray
-    directions: np.ndarray
-    codes: np.ndarray
-
-
-def tree(rows: int, *, cosine: float = 0.0, seed: int = 0) -> Tree:
-    """Draws rows; siblings have this cosine, parents and children are orthogonal.
-
-    The top nodes are siblings of one another.
-    """
-    rng = np.random.default_rng(seed)
-    directions = np.linalg.qr(rng.normal(size=(N, N)))[0]
+    found = np.linalg.qr(np.random.default_rng(seed).normal(size=(N, N)))[0]
     for family in (slice(0, TOPS), *map(children, range(PARENTS))):
-        directions[family] = mixed(directions[family], cosine)
-    p = [P_PARENT] * PARENTS + [P_ALONE] * ALONE
-    top = rng.choice(TOPS, size=rows, p=p)
-    child = rng.choice(
-        CHILDREN + 1, size=rows, p=[P_CHILD] * CHILDREN + [1 - CHILDREN * P_CHILD]
-    )
-    on = np.zeros((rows, N))
-    on[np.arange(rows), top] = 1
-    both = np.flatnonzero((top < PARENTS) & (child < CHILDREN))
-    on[both, TOPS + CHILDREN * top[both] + child[both]] = 1
-    codes = on * (1.5 + 0.25 * rng.normal(size=on.shape))
-    return Tree((codes @ directions).astype(np.float32), directions, codes)
+        found[family] = mixed(found[family], cosine)
+    return found
+
+
+def codes(key: jax.Array, rows: int) -> jax.Array:
+    """How much of each feature is in rows `[rows, 20]` that are drawn."""
+    of_top, of_child, of_size = jax.random.split(key, 3)
+    p = jnp.array([P_PARENT] * PARENTS + [P_ALONE] * ALONE)
+    top = jax.random.choice(of_top, TOPS, (rows,), p=p)
+    p = jnp.array([P_CHILD] * CHILDREN + [1 - CHILDREN * P_CHILD])
+    child = jax.random.choice(of_child, CHILDREN + 1, (rows,), p=p)
+    both = (top < PARENTS) & (child < CHILDREN)
+    below = jnp.where(both, TOPS + CHILDREN * top + child, -1)  # no feature
+    on = jax.nn.one_hot(top, N) + jax.nn.one_hot(below, N)
+    return on * (1.5 + 0.25 * jax.random.normal(of_size, on.shape))
 
 
 def children(parent: int) -> slice:
