@@ -100,7 +100,7 @@ def observed(state: State, inputs: Inputs, is_new: Array) -> State:
     found = {
         "steps": state["steps"] + is_new,
         "last_step": jnp.asarray(inputs.step),
-        "rows": state["rows"].at[0].add(valid.sum()),
+        "rows": state["rows"].at[0].add(valid.sum(dtype=jnp.int32)),
         "norms": state["norms"].at[0].add(norms.sum()),
         "fired": state["fired"].at[:, 0].add(fired),
         "largest": state["largest"].at[:, 0].max(jnp.where(on, pre, 0).max(0)),
