@@ -212,21 +212,33 @@ def trained_on_triples(name, seed, steps):
     return found[1], dead, medians
 
 
+# What does not come out as a prototype had it.
+NOT_SEEN = {("groups", 1): "median of the rarest group 1.13 of its target, not 1.1"}
+
+
+def planted_runs():
+    for name in PLANTED:
+        for seed in (0, 1):
+            why = NOT_SEEN.get((name, seed))
+            marks = [pytest.mark.xfail(strict=True, reason=why)] if why else []
+            yield pytest.param(name, seed, marks=marks, id=f"{name}-{seed}")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize(("name", "seed"), list(planted_runs()))
 def test_planted_directions_are_found_at_frequencies_like_theirs(name, seed):
     found, dead, medians = trained_on_triples(name, seed, 5000)
     low, high = PLANTED[name][2]
     assert low <= found <= high
     assert dead < 0.01
-    assert max(medians[:4]) <= 1.1
+    assert max(medians) <= 1.1
 
 
 # In 5,000 steps biases move a hundred times, by .01 of the largest pre-activation. The
 # median of the rarest group, whose target is a twentieth of the directions' frequency,
-# is at .85, 1.13 and 2.07 of it by then (three seeds). What 10,000 steps cost: 2 to 3 %
-# of the features are dead, and .83 to .89 of the directions found.
+# is at .85, 1.13 and 2.07 of it by then (three seeds). With 10,000 steps it is below,
+# but not all else stays: 2 to 3 % of the features are dead (the band of 5,000 steps is
+# 1 %), and .83 to .89 of the directions found.
 
 
 @pytest.mark.slow
