@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import SAE, adam, init_state, make_step, to_dense
+from sae_jax import RULES, SAE, adam, init_state, make_step, to_dense
 from tests import bias_oracle
 from tests.contract import rows
 
@@ -232,6 +232,7 @@ def test_planted_directions_are_found_at_frequencies_like_theirs(name, seed):
     assert low <= found <= high
     assert dead < 0.01
     assert max(medians) <= 1.1
+    assert RULES["group_bias"].aux_k is False
 
 
 # In 5,000 steps biases move a hundred times, by .01 of the largest pre-activation. The

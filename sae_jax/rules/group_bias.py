@@ -56,10 +56,10 @@ def group_bias(
 
     Statistics are of a buffer, not of one batch: at a frequency of 1e-3 a batch of 512
     rows sees half an event. It holds the last `windows` stretches of `every` steps, of
-    which the older ones saw older biases (third-party code buffers 40,960 rows, which
-    is 1.6 of them). Of the pre-activations only how many are positive and the largest
-    are read, so a count and a maximum per feature and window replace them. What is fed
-    in pieces (`accumulate`) adapts after the first piece of the step.
+    which the older ones saw older biases (third-party code buffers 40,960 rows: 1.6 of
+    them, at 512 rows a step). Of the pre-activations only how many are positive and the
+    largest are read, so a count and a maximum per feature and window replace them. What
+    is fed in pieces (`accumulate`) adapts after the first piece of the step.
 
     The targets fall from `highest` to `lowest` in geometric progression. Sources
     disagree about both: 0.5 and 1e-3 to 1e-4 as settings, 0.1 and 1e-4 in the text of
@@ -140,11 +140,13 @@ def adapted(
     lowered = jnp.maximum(bias - lower * reach, -1)
     lifted = jnp.minimum(bias + lift * means[state["group"]], 0)
     kept = jnp.where(frequency < dead_below, lifted, bias)
-    bias = jnp.where(frequency > targets, lowered, kept).astype(bias.dtype)
-    found = {"bias": bias, "unit": unit, "steps": jnp.zeros_like(state["steps"])}
-    for name in ("rows", "norms", "fired", "largest"):
-        found[name] = jnp.roll(state[name], 1, -1).at[..., 0].set(0)
-    return {**state, **found}
+    bias = jnp.where(frequency > targets, lowered, kept)
+    buffer = {
+        name: jnp.roll(state[name], 1, -1).at[..., 0].set(0)
+        for name in ("rows", "norms", "fired", "largest")
+    }
+    steps = jnp.zeros_like(state["steps"])
+    return {**state, **buffer, "bias": bias, "unit": unit, "steps": steps}
 
 
 def init(
@@ -192,7 +194,7 @@ def faults(
     every: int,
     windows: int,
 ) -> Iterable[str]:
-    """Frequencies must fall, and groups have features."""
+    """Frequencies must fall, groups have features, and the buffer hold something."""
     if not 1 <= groups <= n_features:
         yield f"groups={groups} must be at least 1 and at most {n_features=}."
     if every == 0:
