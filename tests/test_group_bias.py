@@ -188,6 +188,13 @@ PLANTED = {
 }
 
 
+def frequencies(sae, variables, V, rng, n_rows=1_000_000, at_once=20_000):
+    """How often each feature fires, on rows of which one in a million is seen."""
+    fires = jax.jit(lambda x: (to_dense(sae.encode(variables, x)) != 0).sum(0))
+    pieces = range(n_rows // at_once)
+    return sum(np.asarray(fires(triples(V, rng, at_once))) for _ in pieces) / n_rows
+
+
 def trained_on_triples(name, seed, steps):
     """Directions found, share of dead, and frequency over target, by group."""
     rule, n_features, _ = PLANTED[name]
@@ -196,36 +203,24 @@ def trained_on_triples(name, seed, steps):
     V /= np.linalg.norm(V, axis=1, keepdims=True)
     sae, variables = train(rule, V, rng, n_features, steps)
     best = (V @ np.asarray(variables.params["W_dec"]).T).max(1)
-    active = to_dense(sae.encode(variables, triples(V, rng, 20_000))) != 0
+    frequency = frequencies(sae, variables, V, rng)
     target = [
         bias_oracle.target(m, n_features, sae.bound.hp) for m in range(n_features)
     ]
-    share, group = np.asarray(active.mean(0)) / target, variables.state["group"]
+    share, group = frequency / target, variables.state["group"]
     medians = [np.median(share[group == k]) for k in range(sae.bound.hp["groups"])]
-    bias, dead = np.asarray(variables.state["bias"]), (share == 0).mean()
+    bias = np.asarray(variables.state["bias"])
+    dead = (frequency < sae.bound.hp["dead_below"]).mean()
     found = [(best > least).mean() for least in (0.8, 0.9)]
     print(f"{name}, seed {seed}: found {found[0]:.3f} and {found[1]:.3f}, L0", end=" ")
-    print(
-        f"{active.sum(1).mean():.1f}, dead {dead:.4f}, medians {np.round(medians, 2)}"
-    )
+    print(f"{frequency.sum():.1f}, dead {dead:.4f}, medians {np.round(medians, 2)}")
     assert -1 <= bias.min() <= bias.max() <= 0
     return found[1], dead, medians
 
 
-# What does not come out as a prototype had it.
-NOT_SEEN = {("groups", 1): "median of the rarest group 1.13 of its target, not 1.1"}
-
-
-def planted_runs():
-    for name in PLANTED:
-        for seed in (0, 1):
-            why = NOT_SEEN.get((name, seed))
-            marks = [pytest.mark.xfail(strict=True, reason=why)] if why else []
-            yield pytest.param(name, seed, marks=marks, id=f"{name}-{seed}")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seed"), list(planted_runs()))
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", PLANTED)
 def test_planted_directions_are_found_at_frequencies_like_theirs(name, seed):
     found, dead, medians = trained_on_triples(name, seed, 5000)
     low, high = PLANTED[name][2]
@@ -235,14 +230,16 @@ def test_planted_directions_are_found_at_frequencies_like_theirs(name, seed):
     assert RULES["group_bias"].aux_k is False
 
 
-# In 5,000 steps biases move a hundred times, by .01 of the largest pre-activation. The
-# median of the rarest group, whose target is a twentieth of the directions' frequency,
-# is at .85, 1.13 and 2.07 of it by then (three seeds). With 10,000 steps it is below,
-# but not all else stays: 2 to 3 % of the features are dead (the band of 5,000 steps is
-# 1 %), and .83 to .89 of the directions found.
+# In 5,000 steps biases move a hundred times, by .01 of the largest pre-activation: not
+# always enough. Of four more seeds for each rule, twenty runs, three miss a band: the
+# rarest of five groups has a median of 1.51 (seed 2), and where all five targets are
+# above the frequency 2.0 and 1.4 % of the features are dead (seeds 4 and 5).
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_in_the_end_the_rarest_group_is_below_its_target_too(seed):
-    assert max(trained_on_triples("groups", seed, 10_000)[2]) <= 1.1
+def test_after_twice_the_steps_every_band_holds(seed):
+    found, dead, medians = trained_on_triples("groups", seed, 10_000)
+    assert found >= 0.85
+    assert dead < 0.01
+    assert max(medians) <= 1.1
