@@ -101,7 +101,7 @@ class Config:
     compile_peers: Annotated[bool, "torch.compile for SAELens"] = False
     rows_at_once: Annotated[
         int, "rows of a piece of a batch, for our dense rules; 0: whole batches"
-    ] = 256
+    ] = 128
 
     def faults(self) -> Iterator[str]:
         """What is wrong with these settings."""

@@ -18,12 +18,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from sae_jax import mesh
 from sae_jax.mesh import CODES, DATA, FEATURE, ROWS
-from sae_jax.piecewise import by_columns, by_rows
+from sae_jax.piecewise import by_columns
 
 BLOCK = 16
 COLUMNS = 128  # at a time; their numbers stay in the cache from pass to pass
-GROUP = 64  # lanes that are searched at once; 16 and 64 take 2 to 3 ms of a step
-SLOTS_AT_ONCE = 4096  # for all at once, two arrays of SLOTS x GROUP were the peak
+WORD = 32  # bits
 
 
 def wide(scores: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -94,10 +93,10 @@ def of_all(
     blocks = bits.reshape(n_rows, -1, BLOCK)
     n_blocks = blocks.shape[1]
     n_found = min(count_max, n_rows * n_blocks)
-    found = _places(blocks.max(2), jnp.minimum(count, n_found), n_found)
+    wanted = jnp.minimum(count, n_found).astype(jnp.int32)
+    found = _places(blocks.max(2), wanted, n_found, n_rows * n_blocks)
     row, block = found // n_blocks, found % n_blocks
-    used = jnp.arange(n_found) < count
-    place = _places(jnp.where(used[:, None], blocks[row, block], 0), count, count_max)
+    place = _places(blocks[row, block], count, count_max, wanted * BLOCK)
     which = place // BLOCK
     column = block[which] * BLOCK + place % BLOCK
     return row[which], jnp.minimum(column, n_columns - 1)
@@ -117,7 +116,11 @@ def mask_of_all(
             return mesh.total(per_row.sum(), DATA, FEATURE)
 
         bits = _ordered(scores)
-        least = _bisected(bits, lambda above: total(above) >= count, ())
+
+        def enough(v: Array) -> Array:
+            return total(_set(_packed(bits >= v))) >= count
+
+        least = _bisected(enough, bits.dtype)
         above, level = bits > least, bits == least
         room = count - total(above.sum(1))
         each = level.sum(1)
@@ -137,10 +140,11 @@ def mask_of_each(
     axis = 0 if along == DATA else 1
 
     def least_of(bits: Array, counts: Array) -> Array:
-        def enough(reached: Array) -> Array:
+        def enough(v: Array) -> Array:
+            reached = _count(bits >= jnp.expand_dims(v, axis), axis)
             return mesh.total(reached, along) >= counts
 
-        return _bisected(bits, enough, counts.shape, axis=axis)
+        return _bisected(enough, bits.dtype, counts.shape)
 
     def part(scores: Array, counts: Array) -> Array:
         bits = _ordered(scores)
@@ -173,41 +177,45 @@ def _ordered(scores: Array) -> Array:
     return jnp.where(raw >= sign, ~raw, raw | sign)
 
 
-def _places(bits: UInt[Array, "R C"], count: Array | float, n: int) -> Int[Array, " n"]:
-    """Where the `count` largest are, as ascending positions in the flat array."""
-    least = _kth(bits, count)
-    above, level = bits > least, bits == least
-    room = count - above.sum()
+def _places(
+    bits: UInt[Array, "..."], count: Array | float, n: int, among: Array | float
+) -> Int[Array, " n"]:
+    """Where the `count` largest of the first `among` are, as ascending flat positions.
 
-    def some(_: None) -> Array:
-        return above | (level & (jnp.cumsum(level).reshape(level.shape) <= room))
+    What lies beyond is told apart by its position: to overwrite it would be a copy.
+    """
+    flat = bits.reshape(-1)
+    counts = jnp.arange(flat.size) < among
 
-    partly = room < level.sum()
-    mask = jax.lax.cond(partly, some, lambda _: above | level, None)
-    return compacted(mask.reshape(-1), n)
+    def enough(v: Array) -> Array:
+        return _set(_packed((flat >= v) & counts)).sum() >= count
 
-
-def _kth(bits: UInt[Array, "R C"], count: Array | float) -> UInt[Array, ""]:
-    """The `count`-th largest."""
-    return _bisected(bits, lambda per_row: per_row.sum() >= count, ())
+    least = _bisected(enough, bits.dtype)
+    above, level = (_packed(f(flat, least) & counts) for f in (jnp.greater, jnp.equal))
+    # All that are level with the last are equal, and taken in reading order: those of
+    # whole words, and some of the word that comes next.
+    room = count - _set(above).sum()
+    until = jnp.cumsum(_set(level))
+    whole = until <= room
+    word = jnp.argmin(whole)
+    some = level[word] >> jnp.arange(WORD, dtype=level.dtype) & 1
+    left = room - (until - _set(level))[word]
+    some = _packed((some == 1) & (jnp.cumsum(some) <= left))[0]
+    taken = jnp.where(whole, level, 0).at[word].set(some)
+    return _positions(above | taken, n, flat.size)
 
 
 def _bisected(
-    bits: UInt[Array, "R C"], enough: Callable, shape: tuple[int, ...], axis: int = 1
+    enough: Callable, dtype: jnp.dtype, shape: tuple[int, ...] = ()
 ) -> UInt[Array, "..."]:
-    """The largest v such that `enough(numbers >= v in each row)`, found bit by bit.
-
-    One v for all, or of a `shape`, one for each row, or column (axis 0).
-    """
-    n_bits = 8 * bits.dtype.itemsize
+    """The largest number v such that `enough(v)`, found bit by bit, or many of them."""
+    n_bits = 8 * dtype.itemsize
 
     def halve(i: Array, found: Array) -> Array:
-        one = jnp.ones((), bits.dtype)
-        trial = found | (one << (n_bits - 1 - i).astype(bits.dtype))
-        reached = bits >= (jnp.expand_dims(trial, axis) if shape else trial)
-        return jnp.where(enough(_count(reached, axis)), trial, found)
+        trial = found | (jnp.ones((), dtype) << (n_bits - 1 - i).astype(dtype))
+        return jnp.where(enough(trial), trial, found)
 
-    return jax.lax.fori_loop(0, n_bits, halve, jnp.zeros(shape, bits.dtype))
+    return jax.lax.fori_loop(0, n_bits, halve, jnp.zeros(shape, dtype))
 
 
 def _count(mask: Bool[Array, "R C"], axis: int) -> Int[Array, "..."]:
@@ -215,20 +223,34 @@ def _count(mask: Bool[Array, "R C"], axis: int) -> Int[Array, "..."]:
     return jnp.where(mask, 1.0, 0.0).sum(axis).astype(jnp.int32)
 
 
+def _packed(mask: Bool[Array, "..."]) -> UInt[Array, " W"]:
+    """Words of bits, the first the lowest. Counting them needs no array of numbers."""
+    flat = mask.reshape(-1)
+    words = jnp.pad(flat, (0, -flat.size % WORD)).reshape(-1, WORD).astype(jnp.uint32)
+    return (words << jnp.arange(WORD, dtype=jnp.uint32)).sum(1, dtype=jnp.uint32)
+
+
+def _set(words: UInt[Array, " W"]) -> Int[Array, " W"]:
+    """How many bits are set in each word."""
+    return jax.lax.population_count(words).astype(jnp.int32)
+
+
 def compacted(mask: Bool[Array, " M"], n: int) -> Int[Array, " n"]:
     """The first n positions where the mask is true; anything once there are no more."""
-    groups = jnp.pad(mask, (0, -mask.shape[0] % GROUP)).reshape(-1, GROUP)
-    held = _count(groups, 1)
-    until = jnp.cumsum(held)
-    slot = jnp.arange(n)
-    group = jnp.searchsorted(until, slot, side="right")
-    group = jnp.minimum(group, groups.shape[0] - 1)
-    rank = slot - (until - held)[group]
-    upper = jnp.triu(jnp.ones((GROUP, GROUP), jnp.float32))
+    return _positions(_packed(mask), n, mask.size)
 
-    def lanes(group: Array, rank: Array) -> Array:
-        before = groups[group].astype(jnp.float32) @ upper  # a running count, exact
-        return (before < (rank + 1)[:, None]).sum(1)
 
-    lane = by_rows(lanes, SLOTS_AT_ONCE, group, rank)
-    return jnp.minimum(group * GROUP + lane, mask.shape[0] - 1)
+def _positions(words: UInt[Array, " W"], n: int, size: int) -> Int[Array, " n"]:
+    """Of the first n set bits; anything below `size` once there are no more."""
+    held = _set(words)
+    word = jnp.repeat(jnp.arange(len(words)), held, total_repeat_length=n)
+    rank = jnp.arange(n) - (jnp.cumsum(held) - held)[word]
+    rest, lane = words[word], jnp.zeros(n, jnp.int32)
+    half = WORD // 2
+    while half:  # is it among the lower bits, or how many of the upper come before it?
+        lower = rest & (2**half - 1)
+        skip = rank >= _set(lower)
+        rank = jnp.where(skip, rank - _set(lower), rank)
+        rest = jnp.where(skip, rest >> half, lower)
+        lane, half = jnp.where(skip, lane + half, lane), half // 2
+    return jnp.minimum(word * WORD + lane, size - 1)

@@ -197,17 +197,30 @@ def test_batch_takes_the_largest_of_all_with_ties_to_the_lower_index(
                 np.testing.assert_array_equal(found, expected)
 
 
-def test_slots_filled_piece_by_piece_are_those_of_all(monkeypatch):
-    """And nothing in the compiled program has the lanes of all slots."""
-    scores = jax.random.normal(jax.random.key(0), (20, 256))
-    monkeypatch.setattr(largest, "SLOTS_AT_ONCE", 7)  # which leaves a rest
-    find = jax.jit(partial(largest.of_all, count=100, count_max=100))
+def test_the_largest_of_all_take_little_more_than_the_blocks_they_are_in():
+    """Neither their counts nor their masks exist as arrays of numbers."""
+    scores, n = jax.random.normal(jax.random.key(0), (64, 4096)), 4096
+    find = jax.jit(partial(largest.of_all, count=n, count_max=n))
     compiled = find.lower(scores).compile()
-    places = np.sort(np.argsort(-np.ravel(scores))[:100])
-    np.testing.assert_array_equal(compiled(scores), np.unravel_index(places, (20, 256)))
-    text = compiled.as_text()
-    assert f"[100,{largest.GROUP}]" not in text
-    assert f"f32[7,{largest.GROUP}]" in text
+    places = np.sort(np.argsort(-np.ravel(scores))[:n])
+    np.testing.assert_array_equal(
+        compiled(scores), np.unravel_index(places, scores.shape)
+    )
+    blocks = n * largest.BLOCK * scores.dtype.itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * blocks
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 1000])
+def test_the_first_places_of_a_mask(size):
+    rng = np.random.default_rng(size)
+    for share in (0, 0.1, 0.5, 1):
+        mask = rng.random(size) < share
+        for n in {1, size // 2 + 1, size}:
+            places = largest.compacted(jnp.asarray(mask), n)
+            true = np.flatnonzero(mask)[:n]
+            assert places.shape == (n,)
+            np.testing.assert_array_equal(places[: len(true)], true)
+            assert 0 <= places.min() <= places.max() < size
 
 
 @pytest.mark.parametrize("shape", [(9, 4096), (9, 4100)])
