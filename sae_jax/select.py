@@ -106,15 +106,18 @@ def rows(
     n_features = given.shape[1]
     count_max = min(count_max, n_features)
     sparse = count_max < SPARSE_BELOW * n_features
-    if mesh.spread() and not sparse:
-        counts = jnp.broadcast_to(jnp.minimum(count, count_max), given.shape[0])
+    counts = jnp.broadcast_to(jnp.minimum(count, count_max), given.shape[0])
+    if not sparse:
         return largest.mask_of_each(given, counts, FEATURE)
-    if sparse and isinstance(scores, products.Encoder):
-        picked, indices = _of_encoder(scores, count_max)
+    if isinstance(scores, products.Encoder):
+        values, indices = picked, _ = _of_encoder(scores, count_max)
     else:
-        picked, (_, indices) = None, largest.per_row(given, count_max)
-    kept = jnp.broadcast_to(jnp.arange(count_max) < count, indices.shape)
-    return Rows(indices, kept, picked) if sparse else _mask(indices, kept, n_features)
+        (values, indices), picked = largest.per_row(given, count_max), None
+    if isinstance(count, int | float) and count >= count_max:
+        kept = jnp.ones(indices.shape, bool)
+    else:
+        kept = largest.mask_of_some(values, counts)
+    return Rows(indices, kept, picked)
 
 
 def _of_encoder(encoder: products.Encoder, k: int) -> tuple[Array, Array]:
@@ -145,12 +148,6 @@ def _read(scores: Float[Array, "B F"], indices: Int[Array, "B K"]) -> Array:
 
     read = mesh.on_each(part, (CODES, ROWS), ROWS)
     return read(jax.lax.stop_gradient(scores), indices)
-
-
-def _mask(indices: Array, kept: Array, n: int) -> Bool[Array, "M n"]:
-    """True where an index of a row stands and is kept."""
-    mask = jnp.zeros((indices.shape[0], n), bool)
-    return mask.at[jnp.arange(indices.shape[0])[:, None], indices].set(kept)
 
 
 def batch(

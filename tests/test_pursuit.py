@@ -201,7 +201,7 @@ def test_dead_atoms_learn_from_aux_k_where_it_is_asked_for():
 
 # What it holds and computes
 
-B, D, F = 256, 8, 8192
+B, D, F = 256, 32, 8192  # so wide that selecting takes less than a product
 CODES = 4 * B * F
 
 
