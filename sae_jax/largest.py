@@ -12,20 +12,18 @@ long for 32 of each row (B=1024, F=12,288), 2.5 times for 128, and sorts everyth
 other types than float32.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from sae_jax import mesh
+from sae_jax import mesh, words
 from sae_jax.mesh import CODES, DATA, FEATURE, ROWS
 from sae_jax.piecewise import by_columns
 
 BLOCK = 16
 COLUMNS = 128  # at a time; their numbers stay in the cache from pass to pass
-WORD = 32  # bits
 
 
 def wide(scores: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -105,7 +103,7 @@ def mask_of_all(
         bits = _ordered(scores)
 
         def enough(v: Array) -> Array:
-            return total(_set(_packed(bits >= v))) >= count
+            return total(words.n_set(words.packed(bits >= v))) >= count
 
         least = _bisected(enough, bits.dtype)
         above, level = bits > least, bits == least
@@ -120,47 +118,51 @@ def mask_of_all(
     return found(wide(scores), jnp.asarray(count))
 
 
-def mask_of_each(
-    scores: Float[Array, "B F"], counts: Array, along: str
+def mask_of_rows(
+    scores: Float[Array, "B F"], counts: Int[Array, " B"] | Float[Array, " B"]
 ) -> Bool[Array, "B F"]:
-    """The `counts` largest of each row, or of each column (along "data"), likewise."""
-    of_counts = mesh.FEATURES if along == DATA else ROWS
-    part = functools.partial(_mask_of_part, along=along)
-    return mesh.on_each(part, (CODES, of_counts), CODES)(wide(scores), counts)
+    """The `counts` largest of each row, likewise."""
+
+    def part(scores: Array, counts: Array) -> Array:
+        taken = _taken(_ordered(scores), counts, across=FEATURE)
+        return words.unpacked(taken, scores.shape[1])
+
+    return mesh.on_each(part, (CODES, ROWS), CODES)(wide(scores), counts)
 
 
 def mask_of_some(scores: Float[Array, "B k"], counts: Array) -> Bool[Array, "B k"]:
     """The `counts` largest of what was found for each row."""
-    return _mask_of_part(wide(scores), counts, along=FEATURE)
+    return words.unpacked(_taken(_ordered(wide(scores)), counts), scores.shape[1])
 
 
-def _mask_of_part(scores: Array, counts: Array, along: str) -> Array:
-    axis = 0 if along == DATA else 1
-    bits = _ordered(scores)
+def mask_of_columns(scores: Float[Array, "B F"], counts: Array) -> Bool[Array, "B F"]:
+    """The `counts` largest of each column, likewise."""
 
     def least_of(bits: Array, counts: Array) -> Array:
         def enough(v: Array) -> Array:
-            reached = _count(bits >= jnp.expand_dims(v, axis), axis)
-            return mesh.total(reached, along) >= counts
+            return mesh.total(_count(bits >= v), DATA) >= counts
 
         return _bisected(enough, bits.dtype, counts.shape)
 
-    at_once = COLUMNS if along == DATA and not mesh.inside(along) else bits.size
-    least = jnp.expand_dims(by_columns(least_of, at_once, bits, counts), axis)
-    above, level = bits > least, bits == least
-    room = counts - mesh.total(_count(above, axis), along)
-    n_level = _count(level, axis)
-    room = room - mesh.before(n_level, along)
+    def part(scores: Array, counts: Array) -> Array:
+        bits = _ordered(scores)
+        at_once = bits.size if mesh.inside(DATA) else COLUMNS
+        least = by_columns(least_of, at_once, bits, counts)
+        above, level = bits > least, bits == least
+        room = counts - mesh.total(_count(above), DATA)
+        n_level = _count(level)
+        room = room - mesh.before(n_level, DATA)
 
-    def some(_: None) -> Array:
-        rank = jnp.cumsum(level, axis=axis)
-        return above | (level & (rank <= jnp.expand_dims(room, axis)))
+        def some(_: None) -> Array:
+            return above | (level & (jnp.cumsum(level, axis=0) <= room))
 
-    def all_or_none(_: None) -> Array:
-        return above | (level & jnp.expand_dims(room > 0, axis))
+        def all_or_none(_: None) -> Array:
+            return above | (level & (room > 0))
 
-    partly = (room > 0) & (room < n_level)
-    return jax.lax.cond(partly.any(), some, all_or_none, None)
+        partly = (room > 0) & (room < n_level)
+        return jax.lax.cond(partly.any(), some, all_or_none, None)
+
+    return mesh.on_each(part, (CODES, mesh.FEATURES), CODES)(wide(scores), counts)
 
 
 def _ordered(scores: Array) -> Array:
@@ -206,34 +208,51 @@ def _places(
     *,
     among: Array | None = None,
 ) -> Int[Array, "R n"]:
-    """Where the `count` largest of each row are, or of its first `among`, ascending."""
+    """Where the `count` largest of each row are, ascending."""
+    counts = jnp.broadcast_to(count, len(bits))
+    return words.positions(_taken(bits, counts, among=among), n, bits.shape[1])
+
+
+def _taken(
+    bits: UInt[Array, "R C"],
+    counts: Array,
+    *,
+    among: Array | None = None,
+    across: str | None = None,
+) -> UInt[Array, "R W"]:
+    """Which are the `counts` largest of each row, or of its first `among`, in words.
+
+    Or of what all devices of an axis have of the row.
+    """
     n_rows, size = bits.shape
     lane = jnp.arange(size)
 
     def where(compare: Callable, v: Array) -> UInt[Array, "R W"]:
         found = compare(bits, v[:, None])
-        return _packed(found if among is None else found & (lane < among))
+        return words.packed(found if among is None else found & (lane < among))
+
+    def total(which: Array) -> Array:
+        found = words.n_set(which).sum(1)
+        return found if across is None else mesh.total(found, across)
 
     def enough(v: Array) -> Array:
-        return _set(where(jnp.greater_equal, v)).sum(1) >= count
+        return total(where(jnp.greater_equal, v)) >= counts
 
     least = _bisected(enough, bits.dtype, (n_rows,))
     above, level = where(jnp.greater, least), where(jnp.equal, least)
     # All that are level with the last are equal, and taken in their order: those of
     # whole words, and some of the word that comes next.
-    room = jnp.expand_dims(count - _set(above).sum(1), 1)
-    until = jnp.cumsum(_set(level), axis=1)
-    whole = until <= room
-    word = jnp.minimum(whole.sum(1, keepdims=True), level.shape[1] - 1)
-    rest, before = (
-        jnp.take_along_axis(a, word, axis=1) for a in (level, until - _set(level))
-    )
-    bit = rest >> jnp.arange(WORD, dtype=rest.dtype) & 1
-    some = _packed((bit == 1) & (jnp.cumsum(bit, axis=1) <= room - before))
-    taken = (
-        jnp.where(whole, level, 0).at[jnp.arange(n_rows), word[:, 0]].set(some[:, 0])
-    )
-    return _positions(above | taken, n, size)
+    room, held = counts - total(above), words.n_set(level)
+    if across is not None:
+        room = room - mesh.before(held.sum(1), across)
+    until = jnp.cumsum(held, axis=1)
+    whole = until <= room[:, None]
+    word = jnp.minimum(whole.sum(1), level.shape[1] - 1)
+    at = jnp.arange(n_rows), word
+    left = room - (until - held)[at]
+    bit = words.unpacked(level[at][:, None], words.WORD)
+    some = words.packed(bit & (jnp.cumsum(bit, axis=1) <= left[:, None]))
+    return above | jnp.where(whole, level, 0).at[at].set(some[:, 0])
 
 
 def _bisected(
@@ -249,49 +268,11 @@ def _bisected(
     return jax.lax.fori_loop(0, n_bits, halve, jnp.zeros(shape, dtype))
 
 
-def _count(mask: Bool[Array, "R C"], axis: int) -> Int[Array, "..."]:
+def _count(mask: Bool[Array, "R C"]) -> Int[Array, " C"]:
     """How many are true. A sum of floats is eight times as fast, and exact here."""
-    if axis == 1:
-        return _set(_packed(mask)).sum(1)
-    return jnp.where(mask, 1.0, 0.0).sum(axis).astype(jnp.int32)
-
-
-def _packed(mask: Bool[Array, "R C"]) -> UInt[Array, "R W"]:
-    """Words of bits, the first the lowest."""
-    n_rows, size = mask.shape
-    mask = jnp.pad(mask, ((0, 0), (0, -size % WORD))).reshape(n_rows, -1, WORD)
-    words = mask.astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)
-    return words.sum(2, dtype=jnp.uint32)
-
-
-def _set(words: UInt[Array, "R W"]) -> Int[Array, "R W"]:
-    """How many bits are set in each word."""
-    return jax.lax.population_count(words).astype(jnp.int32)
+    return jnp.where(mask, 1.0, 0.0).sum(0).astype(jnp.int32)
 
 
 def compacted(mask: Bool[Array, " M"], n: int) -> Int[Array, " n"]:
     """The first n positions where the mask is true; anything once there are no more."""
-    return _positions(_packed(mask[None]), n, mask.size)[0]
-
-
-def _positions(words: UInt[Array, "R W"], n: int, size: int) -> Int[Array, "R n"]:
-    """Of the first n set bits of each row; anything below `size` if there are fewer."""
-    n_rows, n_words = words.shape
-    held = _set(words)
-    until = jnp.minimum(jnp.cumsum(held, axis=1), n)
-    start = jnp.pad(until, ((0, 0), (1, 0)))
-    # One more word for slots that stay empty: so each row fills n of them.
-    each = jnp.diff(start, axis=1, append=n).reshape(-1)
-    every = jnp.arange(n_rows * (n_words + 1))
-    word = jnp.repeat(every, each, total_repeat_length=n_rows * n)
-    word = word.reshape(n_rows, n) - (n_words + 1) * jnp.arange(n_rows)[:, None]
-    rank = jnp.arange(n) - jnp.take_along_axis(start, word, axis=1)
-    rest = jnp.take_along_axis(words, jnp.minimum(word, n_words - 1), axis=1)
-    lane, half = jnp.zeros_like(word), WORD // 2
-    while half:  # is it among the lower bits, or how many of the upper come before it?
-        lower = rest & (2**half - 1)
-        skip = rank >= _set(lower)
-        rank = jnp.where(skip, rank - _set(lower), rank)
-        rest = jnp.where(skip, rest >> half, lower)
-        lane, half = jnp.where(skip, lane + half, lane), half // 2
-    return jnp.minimum(word * WORD + lane, size - 1)
+    return words.positions(words.packed(mask[None]), n, mask.size)[0]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sae_jax import codes, largest, mesh, products
-from sae_jax.mesh import CODES, DATA, FEATURE, FEATURES, ROWS, WHOLE
+from sae_jax.mesh import CODES, FEATURE, FEATURES, ROWS, WHOLE
 from sae_jax.piecewise import by_rows
 
 # Sparse codes beat dense ones while K/F is below this: at B=4096, D=768, F=12288
@@ -108,7 +108,7 @@ def rows(
     sparse = count_max < SPARSE_BELOW * n_features
     counts = jnp.broadcast_to(jnp.minimum(count, count_max), given.shape[0])
     if not sparse:
-        return largest.mask_of_each(given, counts, FEATURE)
+        return largest.mask_of_rows(given, counts)
     if isinstance(scores, products.Encoder):
         values, indices = picked, _ = _of_encoder(scores, count_max)
     else:
@@ -173,7 +173,7 @@ def columns(
     """
     n_rows, n_features = scores.shape
     counts = jnp.minimum(jnp.broadcast_to(counts, n_features), n_rows)
-    mask = largest.mask_of_each(scores, counts, DATA)
+    mask = largest.mask_of_columns(scores, counts)
     count_max = min(count_max, scores.size)
     sparse = count_max < SPARSE_BELOW * scores.size and scores.size < 2**31
     if mesh.spread() or not sparse:

@@ -170,8 +170,12 @@ def test_temporaries_are_near(kind, split, recipe):
 
 @pytest.mark.parametrize("kind", KINDS_OF_CODES)
 def test_operations_are_those_of_the_program(kind):
-    """XLA counts what is not a product as well, such as Adam: up to a tenth here."""
-    found, program = simulated(kind, Split(1, 8))
+    """XLA counts what is not a product as well, such as Adam: up to a tenth here.
+
+    Rows are so wide that selecting, which does not grow with them, is part of that.
+    """
+    found = step(kind, Split(1, 8), size=(B, 512, F))
+    program = compiled(found, mesh.make(found.split._asdict()).devices)
     ours, theirs = _roofline.operations(found), program.cost_analysis()["flops"]
     assert 1 <= theirs / ours < 1.1, (theirs, ours)
 
