@@ -81,8 +81,7 @@ def of_all(
     """
     bits = _in_blocks(wide(scores))
     count = jnp.minimum(count, count_max)
-    found = _blocks(bits.reshape(1, -1, BLOCK), count, count_max)
-    (block,), (lane,) = found
+    (block,), (lane,) = _blocks(bits.reshape(1, -1, BLOCK), count, count_max)
     row, block = jnp.divmod(block, bits.shape[1])
     return row, jnp.minimum(block * BLOCK + lane, scores.shape[1] - 1)
 
@@ -118,21 +117,16 @@ def mask_of_all(
     return found(wide(scores), jnp.asarray(count))
 
 
-def mask_of_rows(
-    scores: Float[Array, "B F"], counts: Int[Array, " B"] | Float[Array, " B"]
-) -> Bool[Array, "B F"]:
+def mask_of_rows(scores: Float[Array, "B F"], counts: Array) -> Bool[Array, "B F"]:
     """The `counts` largest of each row, likewise."""
-
-    def part(scores: Array, counts: Array) -> Array:
-        taken = _taken(_ordered(scores), counts, across=FEATURE)
-        return words.unpacked(taken, scores.shape[1])
-
-    return mesh.on_each(part, (CODES, ROWS), CODES)(wide(scores), counts)
+    find = mesh.on_each(mask_of_found, (CODES, ROWS), CODES)
+    return find(wide(scores), counts)
 
 
-def mask_of_some(scores: Float[Array, "B k"], counts: Array) -> Bool[Array, "B k"]:
-    """The `counts` largest of what was found for each row."""
-    return words.unpacked(_taken(_ordered(wide(scores)), counts), scores.shape[1])
+def mask_of_found(scores: Float[Array, "B k"], counts: Array) -> Bool[Array, "B k"]:
+    """The same of what was found for each row, which is not spread by features."""
+    taken = _taken(_ordered(scores), counts, across=FEATURE)
+    return words.unpacked(taken, scores.shape[1])
 
 
 def mask_of_columns(scores: Float[Array, "B F"], counts: Array) -> Bool[Array, "B F"]:
@@ -208,7 +202,7 @@ def _places(
     *,
     among: Array | None = None,
 ) -> Int[Array, "R n"]:
-    """Where the `count` largest of each row are, ascending."""
+    """Where the `count` largest of each row or its first `among` are, ascending."""
     counts = jnp.broadcast_to(count, len(bits))
     return words.positions(_taken(bits, counts, among=among), n, bits.shape[1])
 

@@ -110,13 +110,15 @@ def rows(
     if not sparse:
         return largest.mask_of_rows(given, counts)
     if isinstance(scores, products.Encoder):
-        values, indices = picked, _ = _of_encoder(scores, count_max)
+        values, indices = _of_encoder(scores, count_max)
+        picked = values
     else:
-        (values, indices), picked = largest.per_row(given, count_max), None
+        values, indices = largest.per_row(given, count_max)
+        picked = None
     if isinstance(count, int | float) and count >= count_max:
         kept = jnp.ones(indices.shape, bool)
     else:
-        kept = largest.mask_of_some(values, counts)
+        kept = largest.mask_of_found(values, counts)
     return Rows(indices, kept, picked)
 
 
