@@ -21,6 +21,22 @@ def by_columns(fn: Callable, at_once: int, *arrays: Array) -> Any:
     return _in_parts(fn, at_once, arrays, -1)
 
 
+def in_place(fn: Callable, at_once: int, array: Array) -> Array:
+    """Replaces so many rows at a time by `fn(rows, start)`, in the array's memory."""
+
+    def some(array: Array, start: Array | int, n: int) -> Array:
+        rows = jax.lax.dynamic_slice_in_dim(array, start, n)
+        return jax.lax.dynamic_update_slice_in_dim(array, fn(rows, start), start, 0)
+
+    n_all = array.shape[0]
+    n = min(at_once, n_all)
+    array = jax.lax.fori_loop(
+        0, n_all // n, lambda i, array: some(array, i * n, n), array
+    )
+    rest = n_all % n
+    return some(array, n_all - rest, rest) if rest else array
+
+
 def _in_parts(fn: Callable, at_once: int, arrays: tuple[Array, ...], axis: int) -> Any:
     n_all = arrays[0].shape[axis]
     if n_all <= at_once or jax.default_backend() != "cpu":

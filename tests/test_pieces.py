@@ -12,6 +12,7 @@ from sae_jax.activations.in_memory import InMemory
 from sae_jax.binding import bind
 from sae_jax.run.loop import Loop
 from sae_jax.run.members import Member
+from sae_jax.training import sums
 from sae_jax.training.recipe import Recipe
 from tests import contract
 from tests.contract import KEY, B, D, F, close
@@ -21,6 +22,12 @@ COUPLED = [n for n in RULES if RULES[n].couples_batch and n not in DRAWING]
 ALONE = [n for n in RULES if n not in {*DRAWING, *COUPLED}]
 FORGETFUL = [n for n in ALONE if not SAE(D, F, n).shapes().state]
 HALF_VALID = jnp.arange(B) < 13  # shares of pieces differ
+
+
+@pytest.fixture(autouse=True)
+def some_features_at_a_time(monkeypatch):
+    """Sums of gradients grow in two parts and a rest."""
+    monkeypatch.setattr(sums, "AT_ONCE", 24)
 
 
 def batch(mask=None):

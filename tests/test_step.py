@@ -25,7 +25,7 @@ from sae_jax import (
     to_dense,
 )
 from sae_jax.codes import l0
-from sae_jax.training.optim import project, unit_rows
+from sae_jax.training.optim import clipping, project, unit_rows
 from tests import oracles
 from tests.compilations import compilations
 from tests.contract import rows
@@ -71,6 +71,32 @@ def test_gradients_are_projected_before_they_are_clipped():
     W_dec = sae.init(jax.random.split(KEY)[0]).params["W_dec"]
     along = (seen["W_dec"] * W_dec).sum(1)
     assert abs(along).max() < 1e-8
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.5, 1.0, 40.0])
+def test_clipping_is_that_of_optax(norm):
+    grads = {"W": rows(), "b": jnp.arange(3.0)}
+    grads = jax.tree.map(lambda g: g * norm / optax.tree.norm(grads), grads)
+    grads["half"] = jnp.zeros(2, jnp.bfloat16)
+    found, expected = (
+        rule.update(grads, rule.init(grads))[0]
+        for rule in (clipping(1.0), optax.clip_by_global_norm(1.0))
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
+def test_clipping_keeps_no_copies_of_gradients():
+    sae, x = SAE(256, 4096, "relu"), jax.ShapeDtypeStruct((8, 256), jnp.float32)
+
+    def matrices(clip):
+        optimiser = optax.chain(clip, optax.adam(1e-3))
+        state = jax.eval_shape(lambda: init_state(sae, optimiser, KEY))
+        step = make_step(sae, optimiser).lower(state, {"x": x}).compile()
+        return step.memory_analysis().temp_size_in_bytes / (4 * 256 * 4096)
+
+    assert matrices(optax.clip_by_global_norm(1.0)) > 3.9
+    assert matrices(clipping(1.0)) < 3.3
 
 
 def test_projection_and_normalisation_leave_other_parameters_alone():

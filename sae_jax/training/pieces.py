@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sae_jax import checks
+from sae_jax.training.sums import grown
 
 Seen = dict[str, Array]
 
@@ -67,9 +68,11 @@ def value_and_gradients(
         return summed(axis, seen, grads, carried, (stacked, shares))
 
     def add(sums: Any, piece: Any) -> Any:
-        total, carried = sums
-        grads, (seen, carried, stacked) = gradients(params, carried, *piece)
-        return (jax.tree.map(jnp.add, total, (seen, grads)), carried), stacked
+        (seen, grads), carried = sums
+        grads, (own, carried, stacked) = grown(
+            gradients, grads, params, carried, *piece
+        )
+        return ((jax.tree.map(jnp.add, seen, own), grads), carried), stacked
 
     first = jax.tree.map(lambda a: a[0], (pieces, shares, jnp.arange(n)))
     like = jax.eval_shape(gradients, params, carried, *first)
