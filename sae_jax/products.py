@@ -22,6 +22,8 @@ from sae_jax import mesh, pair_sums
 from sae_jax.codes import Codes, Pairs, Sparse, as_pairs
 from sae_jax.mesh import CODES, DATA, FEATURE, FEATURES, ROWS, WHOLE
 
+SLOTS_AT_ONCE = 8  # of sparse codes
+
 
 @flax.struct.dataclass
 class Encoder:
@@ -199,7 +201,10 @@ def _dense_slices(codes, W_dec, edges, dtype):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sparse_decode(values, indices, W_dec, dtype):
-    """One slot of all rows at a time: three times as fast as pairs."""
+    """Slots of all rows one after the other: three times as fast as pairs.
+
+    Several in one pass take half the time again.
+    """
     wide = jnp.promote_types(jnp.float32, dtype)
 
     def part(values, indices, W_dec):
@@ -211,7 +216,8 @@ def _sparse_decode(values, indices, W_dec, dtype):
             return total + slot[0].astype(dtype).astype(wide)[:, None] * picked, None
 
         start = jnp.zeros((values.shape[0], W_dec.shape[1]), wide)
-        found = jax.lax.scan(add_slot, start, (values.T, indices.T))[0]
+        slots = values.T, indices.T
+        found = jax.lax.scan(add_slot, start, slots, unroll=SLOTS_AT_ONCE)[0]
         return mesh.total(found, FEATURE)
 
     return mesh.on_each(part, (ROWS, ROWS, FEATURES), ROWS)(values, indices, W_dec)
