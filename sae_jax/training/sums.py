@@ -21,7 +21,7 @@ from jaxtyping import Array
 from sae_jax import mesh
 from sae_jax.piecewise import in_place
 
-AT_ONCE = 1024  # features; twice as many take 3 % less time and more memory
+AT_ONCE = 1024  # features; they stay in the cache
 
 
 @flax.struct.dataclass
