@@ -56,7 +56,7 @@ PEERS: dict[str, tuple[Peer, ...]] = {
 }
 
 # Those that keep arrays of codes for all rows of a batch, unless it is cut; how many
-# times `rows_at_once` they take. The cut of Top-AFA is quicker on more rows.
+# times `rows_at_once` they take. Of Top-AFA larger pieces are quicker.
 IN_PIECES = {"relu": 1, "jump_relu": 1, "gated": 1, "top_afa": 4}
 
 
