@@ -102,7 +102,7 @@ def mask_of_all(
         bits = _ordered(scores)
 
         def enough(v: Array) -> Array:
-            return total(words.n_set(words.packed(bits >= v))) >= count
+            return total(words.count(bits >= v)) >= count
 
         least = _bisected(enough, bits.dtype)
         above, level = bits > least, bits == least
@@ -184,59 +184,46 @@ def _blocks(
     """
     n_rows, n_blocks, _ = blocks.shape
     if k >= n_blocks:
-        place = _places(blocks.reshape(n_rows, -1), count, k)
+        place = _places(blocks.reshape(n_rows, -1), count, k, n_blocks * BLOCK)
         return place // BLOCK, place % BLOCK
-    found = _places(blocks.max(2), count, k)
-    held = blocks[jnp.arange(n_rows)[:, None], found].reshape(n_rows, -1)
-    # Slots that hold anything are told by their position: to overwrite them would be a
-    # copy of all.
-    among = None if isinstance(count, int) else count.astype(jnp.int32) * BLOCK
-    place = _places(held, count, k, among=among)
-    return jnp.take_along_axis(found, place // BLOCK, axis=1), place % BLOCK
+    found = _places(blocks.max(2), count, k, n_blocks + 1)
+    # One block more, in which nothing is, for slots that stay empty.
+    held = jnp.pad(blocks, ((0, 0), (0, 1), (0, 0)))
+    held = held[jnp.arange(n_rows)[:, None], found]
+    place = _places(held.reshape(n_rows, -1), count, k, k * BLOCK)
+    block = jnp.take_along_axis(found, place // BLOCK, axis=1)
+    return jnp.minimum(block, n_blocks - 1), place % BLOCK
 
 
 def _places(
-    bits: UInt[Array, "R C"],
-    count: Array | float,
-    n: int,
-    *,
-    among: Array | None = None,
+    bits: UInt[Array, "R C"], count: Array | float, n: int, size: int
 ) -> Int[Array, "R n"]:
-    """Where the `count` largest of each row or its first `among` are, ascending."""
+    """Where the `count` largest of each row are, ascending, and then `size - 1`."""
     counts = jnp.broadcast_to(count, len(bits))
-    return words.positions(_taken(bits, counts, among=among), n, bits.shape[1])
+    return words.positions(_taken(bits, counts), n, size)
 
 
 def _taken(
-    bits: UInt[Array, "R C"],
-    counts: Array,
-    *,
-    among: Array | None = None,
-    across: str | None = None,
+    bits: UInt[Array, "R C"], counts: Array, *, across: str | None = None
 ) -> UInt[Array, "R W"]:
-    """Which are the `counts` largest of each row, or of its first `among`, in words.
+    """Which are the `counts` largest of each row, in words.
 
     Or of what all devices of an axis have of the row.
     """
-    n_rows, size = bits.shape
-    lane = jnp.arange(size)
+    n_rows, _ = bits.shape
 
-    def where(compare: Callable, v: Array) -> UInt[Array, "R W"]:
-        found = compare(bits, v[:, None])
-        return words.packed(found if among is None else found & (lane < among))
-
-    def total(which: Array) -> Array:
-        found = words.n_set(which).sum(1)
+    def total(found: Array) -> Array:
         return found if across is None else mesh.total(found, across)
 
     def enough(v: Array) -> Array:
-        return total(where(jnp.greater_equal, v)) >= counts
+        return total(words.count(bits >= v[:, None])) >= counts
 
-    least = _bisected(enough, bits.dtype, (n_rows,))
-    above, level = where(jnp.greater, least), where(jnp.equal, least)
+    least = _bisected(enough, bits.dtype, (n_rows,))[:, None]
+    above, level = words.packed(bits > least), words.packed(bits == least)
     # All that are level with the last are equal, and taken in their order: those of
     # whole words, and some of the word that comes next.
-    room, held = counts - total(above), words.n_set(level)
+    room = counts - total(words.n_set(above).sum(1))
+    held = words.n_set(level)
     if across is not None:
         room = room - mesh.before(held.sum(1), across)
     until = jnp.cumsum(held, axis=1)

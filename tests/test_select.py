@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sae_jax
-from sae_jax import SAE, largest, select
+from sae_jax import SAE, largest, select, words
 from sae_jax.piecewise import by_rows
 from tests import oracles
 
@@ -37,7 +37,7 @@ def targets(strengths, rng):
 @pytest.mark.parametrize("case", CASES)
 def test_norm_cut_equals_the_sort_in_float64(case, how, x64):
     rng = np.random.default_rng(0)
-    for n_features in (1, 2, 9, 300):
+    for n_features in (1, 2, 9, 300, 512):
         strengths = CASES[case](rng, 96, n_features)
         for name, target in targets(strengths, rng).items():
             found = select.norm_cut(
@@ -186,6 +186,8 @@ def test_batch_takes_the_largest_of_all_with_ties_to_the_lower_index(
                 ceiling = min(2 * count, flat.size) if traced else count
                 found = select.batch(scores, amount, count_max=ceiling)
                 if below:
+                    for of, n in zip((found.rows, found.features), shape, strict=True):
+                        assert 0 <= of.min() <= of.max() < n  # those not kept too
                     kept = np.asarray(found.keep)
                     places = (
                         np.asarray(found.rows)[kept],
@@ -221,7 +223,8 @@ def test_the_first_places_of_a_mask(size):
             true = np.flatnonzero(mask)[:n]
             assert places.shape == (n,)
             np.testing.assert_array_equal(places[: len(true)], true)
-            assert 0 <= places.min() <= places.max() < size
+            np.testing.assert_array_equal(places[len(true) :], size - 1)
+            assert words.count(jnp.asarray(mask)[None]) == mask.sum()
 
 
 @pytest.mark.parametrize("shape", [(9, 4096), (9, 4100)])
