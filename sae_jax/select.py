@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sae_jax import codes, largest, mesh, products
+from sae_jax import codes, crossing, largest, mesh, products, words
 from sae_jax.mesh import CODES, FEATURE, FEATURES, ROWS, WHOLE
 from sae_jax.piecewise import by_rows
 
@@ -228,11 +228,11 @@ def _norm_cut(scores: Array, target: Array, *, lengths: Array, how: Cut) -> Arra
     squares = jnp.square(strengths * scales[0][:, None] * scales[1][:, None])
     target = target * scales[0] * scales[1] * (1 - 2 * jnp.finfo(target.dtype).eps)
 
-    cut = _crossing(squares, target)
+    cut = crossing.of_squares(squares, target)
     above = squares > cut[:, None]
     level = squares == cut[:, None]
     before = mesh.total(jnp.where(above, squares, 0).sum(1), FEATURE)
-    n_above, n_level = (mesh.total(m.sum(1), FEATURE) for m in (above, level))
+    n_above, n_level = (mesh.total(words.count(m), FEATURE) for m in (above, level))
 
     def length(taken: Array) -> Array:
         return jnp.sqrt(before + taken * cut)
@@ -255,40 +255,11 @@ def _norm_cut(scores: Array, target: Array, *, lengths: Array, how: Cut) -> Arra
     return above | _first(level, taken)
 
 
-def _crossing(squares: Array, target: Array) -> Array:
-    """The largest value v of a row with `norm of squares >= v` at least `target`.
-
-    Where the whole row falls short of the target, v is the smallest entry that still
-    changes the norm of the row.
-    """
-    size = squares.dtype.itemsize
-    bits = {4: jnp.uint32, 8: jnp.uint64}[size]
-    target = jnp.maximum(target, jnp.finfo(squares.dtype).tiny)  # one is always kept
-
-    # Squares of a scaled row are below 1, whose bit pattern leaves the two highest
-    # bits empty: sign, and exponents above 0.
-    n_bits = 8 * size - 2
-
-    def halve(i: Array, found: Array) -> Array:
-        trial = found | (jnp.ones((), bits) << (n_bits - 1 - i).astype(bits))
-        threshold = jax.lax.bitcast_convert_type(trial, squares.dtype)
-        kept = jnp.where(squares >= threshold[:, None], squares, 0)
-        norm = jnp.sqrt(mesh.total(kept.sum(1), FEATURE))
-        return jnp.where(norm >= target, trial, found)
-
-    start = jnp.zeros(target.shape, bits)
-    found = jax.lax.fori_loop(0, n_bits, halve, start)
-    value = jax.lax.bitcast_convert_type(found, squares.dtype)
-    total = mesh.total(squares.sum(1), FEATURE)
-    counts = squares > total[:, None] * jnp.finfo(squares.dtype).eps
-    smallest = mesh.least(jnp.where(counts, squares, 1).min(1), FEATURE)
-    return jnp.where(jnp.sqrt(total) >= target, jnp.maximum(value, smallest), smallest)
-
-
 def _first(mask: Array, count: Array) -> Array:
     """The first `count` true entries of each row of a mask."""
-    count = count - mesh.before(mask.sum(1), FEATURE)
-    partly = (count > 0) & (count < mask.sum(1))
+    there = words.count(mask)
+    count = count - mesh.before(there, FEATURE)
+    partly = (count > 0) & (count < there)
 
     def some(_: None) -> Array:
         return mask & (jnp.cumsum(mask, axis=1) <= count[:, None])
