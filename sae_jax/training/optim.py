@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from sae_jax import checks, mesh
+from sae_jax import checks
 from sae_jax.contract import Params
-from sae_jax.piecewise import by_rows, in_place
+from sae_jax.piecewise import row_sums
 
 Decay = Literal["constant", "cosine", "linear"]
 DecoderNorm = Literal["after", "before", "free"]
-
-ROWS_AT_ONCE = 1024  # of a matrix at a time; they stay in the cache
 
 
 def learning_rate(
@@ -68,29 +66,23 @@ def clipping(most: float) -> optax.GradientTransformation:
     """
 
     def clip(grads: Any, params: Any) -> Any:
-        norm = optax.tree.norm(grads)
+        squares = (row_sums(jnp.square(g)).sum() for g in jax.tree.leaves(grads))
+        norm = jnp.sqrt(sum(squares))
         factor = jnp.where(norm < most, 1, most / norm)
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 
     return optax.stateless(clip)
 
 
-def unit_rows(params: Params) -> Params:
+def unit_rows(params: Params, *, where: Array | bool = True) -> Params:
     """Decoder rows divided by their norms; a row of zeros stays one.
 
-    Some rows at a time, in place: all at once, XLA takes another matrix's memory and
-    three times as long.
+    If not `where`, nothing changes.
     """
-
-    def normalise(rows: Array, _: Any) -> Array:
-        norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / jnp.where(norm > 0, norm, 1)
-
-    def part(W_dec: Array) -> Array:
-        return in_place(normalise, ROWS_AT_ONCE, W_dec)
-
-    W_dec = mesh.on_each(part, mesh.FEATURES, mesh.FEATURES)(params["W_dec"])
-    return {**params, "W_dec": W_dec}
+    # Rows as they are, before they are read: else XLA may update them twice.
+    rows = jax.lax.optimization_barrier(params["W_dec"])
+    norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return {**params, "W_dec": rows / jnp.where((norms > 0) & where, norms, 1)}
 
 
 def waiting(grads: Params, norm: Array) -> Params:
@@ -107,17 +99,11 @@ def waiting(grads: Params, norm: Array) -> Params:
 def project(grads: Params, params: Params) -> Params:
     """Takes from each decoder row's gradient the part along the row.
 
-    That part would only change the norm, which the constraint puts back. How long it is
-    is found for some rows at a time: for all at once, XLA writes down another matrix.
+    That part would only change the norm, which the constraint puts back.
     """
     g, rows = grads["W_dec"], params["W_dec"]
-
-    def along(g: Array, rows: Array) -> Array:
-        squares = jnp.square(rows).sum(1)
-        return (g * rows).sum(1) / jnp.where(squares > 0, squares, 1)
-
-    def part(g: Array, rows: Array) -> Array:
-        return by_rows(along, ROWS_AT_ONCE, g, rows)
-
-    share = mesh.on_each(part, (mesh.FEATURES, mesh.FEATURES), mesh.FEATURES)(g, rows)
+    squares = jnp.square(rows).sum(1)
+    # A choice that comes last keeps XLA from making the difference along with the sum,
+    # in another matrix.
+    share = jnp.where(squares > 0, (g * rows).sum(1) / squares, 0)
     return {**grads, "W_dec": g - share[:, None] * rows}

@@ -249,16 +249,13 @@ def make_step(
         # them; on one device it is the other way round.
         before = mesh.spread()
         given = params, state.opt_state, along_free(grads) if before else grads
+        if decoder_norm == "before":
+            given = unit_rows(params, where=goes_on), *given[1:]
 
         def updated(params: Params, opt_state: Any, grads: Params) -> Any:
             grads = grads if before else along_free(grads)
-            if decoder_norm == "before":
-                params = unit_rows(params)
             updates, opt_state = optimiser.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            if decoder_norm == "after":
-                params = unit_rows(params)
-            return params, opt_state
+            return optax.apply_updates(params, updates), opt_state
 
         def kept(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(goes_on, n, o), new, old)
@@ -266,6 +263,8 @@ def make_step(
         params, opt_state = jax.lax.cond(
             goes_on, updated, lambda params, opt_state, _: (params, opt_state), *given
         )
+        if decoder_norm == "after":
+            params = unit_rows(params, where=goes_on)
         metrics = {
             "step": state.step,
             **seen,
