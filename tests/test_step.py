@@ -87,7 +87,7 @@ def test_clipping_is_that_of_optax(norm):
 
 
 def test_projecting_clipping_and_normalising_keep_no_copies_of_matrices():
-    """Two gradients are all that a step has beside its state, but for small things."""
+    """Two gradients are all that a step has beside its state, but for small parts."""
     sae, x = SAE(256, 4096, "relu"), jax.ShapeDtypeStruct((8, 256), jnp.float32)
 
     def matrices(clip):

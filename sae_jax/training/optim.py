@@ -79,8 +79,7 @@ def unit_rows(params: Params, *, where: Array | bool = True) -> Params:
 
     If not `where`, nothing changes.
     """
-    # Rows as they are, before they are read: else XLA may update them twice.
-    rows = jax.lax.optimization_barrier(params["W_dec"])
+    rows = params["W_dec"]
     norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
     return {**params, "W_dec": rows / jnp.where((norms > 0) & where, norms, 1)}
 
@@ -103,7 +102,8 @@ def project(grads: Params, params: Params) -> Params:
     """
     g, rows = grads["W_dec"], params["W_dec"]
     squares = jnp.square(rows).sum(1)
-    # A choice that comes last keeps XLA from making the difference along with the sum,
-    # in another matrix.
-    share = jnp.where(squares > 0, (g * rows).sum(1) / squares, 0)
+    some = squares > 0
+    # Choosing comes first: XLA makes a quotient in one go with the sum above it, and
+    # writes the product of both matrices down for that.
+    share = jnp.where(some, (g * rows).sum(1), 0) / jnp.where(some, squares, 1)
     return {**grads, "W_dec": g - share[:, None] * rows}
