@@ -8,8 +8,8 @@ found comes in the order of its places.
 
 Masks are packed into words, whose bits are counted by the processor: that needs no
 array of numbers. `lax.top_k` of the same blocks (jax 0.10, on a CPU) takes at least 1.7
-times as long for 32 of each row (B=1024, F=12,288), 2.5 times for 128, and sorts everything in
-other types than float32.
+times as long for 32 of each row (B=1024, F=12,288), 2.5 times for 128, and sorts
+everything in other types than float32.
 """
 
 from collections.abc import Callable
