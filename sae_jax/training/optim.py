@@ -66,8 +66,10 @@ def clipping(most: float) -> optax.GradientTransformation:
     """
 
     def clip(grads: Any, params: Any) -> Any:
-        squares = (row_sums(jnp.square(g)).sum() for g in jax.tree.leaves(grads))
-        norm = jnp.sqrt(sum(squares))
+        # Rows of matrices are summed first; vectors may be spread over devices.
+        squares = [jnp.square(g) for g in jax.tree.leaves(grads)]
+        sums = [(row_sums(s) if s.ndim > 1 else s).sum() for s in squares]
+        norm = jnp.sqrt(sum(sums))
         factor = jnp.where(norm < most, 1, most / norm)
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 
