@@ -248,9 +248,10 @@ def make_step(
         # a mesh it copies sums over devices that enter one, but not what was made of
         # them; on one device it is the other way round.
         before = mesh.spread()
-        given = params, state.opt_state, along_free(grads) if before else grads
+        start = params
         if decoder_norm == "before":
-            given = unit_rows(params, where=goes_on), *given[1:]
+            start = unit_rows(params, where=goes_on)
+        given = start, state.opt_state, along_free(grads) if before else grads
 
         def updated(params: Params, opt_state: Any, grads: Params) -> Any:
             grads = grads if before else along_free(grads)
@@ -263,7 +264,7 @@ def make_step(
         params, opt_state = jax.lax.cond(
             goes_on, updated, lambda params, opt_state, _: (params, opt_state), *given
         )
-        if decoder_norm == "after":
+        if decoder_norm == "after":  # in the branch they would take another matrix
             params = unit_rows(params, where=goes_on)
         metrics = {
             "step": state.step,
