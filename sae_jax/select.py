@@ -232,7 +232,8 @@ def _norm_cut(scores: Array, target: Array, *, lengths: Array, how: Cut) -> Arra
     above = squares > cut[:, None]
     level = squares == cut[:, None]
     before = mesh.total(jnp.where(above, squares, 0).sum(1), FEATURE)
-    n_above, n_level = (mesh.total(words.count(m), FEATURE) for m in (above, level))
+    here = words.count(level)
+    n_level = mesh.total(here, FEATURE)
 
     def length(taken: Array) -> Array:
         return jnp.sqrt(before + taken * cut)
@@ -245,19 +246,19 @@ def _norm_cut(scores: Array, target: Array, *, lengths: Array, how: Cut) -> Arra
     taken = jnp.clip(needed, 1, n_level)
     if how == "exceed":
         short = length(taken) < target
-        return above | _first(level, taken) | short[:, None]
+        return above | _first(level, taken, here) | short[:, None]
     # ...or one less, if that is as near.
     under, over = target - length(taken - 1), length(taken) - target
     taken = jnp.where((over >= 0) & (under <= over), taken - 1, taken)
-    n_features = squares.shape[1] * mesh.size(FEATURE)
-    taken = jnp.where(n_above + taken == n_features, taken - 1, taken)
-    taken = jnp.maximum(taken, (n_above == 0).astype(taken.dtype))  # m is at least 1
-    return above | _first(level, taken)
+    lowest = mesh.least(squares.min(1), FEATURE)
+    all_of_them = (lowest >= cut) & (taken == n_level)
+    taken = jnp.where(all_of_them, taken - 1, taken)
+    taken = jnp.where(before > 0, taken, jnp.maximum(taken, 1))  # m is at least 1
+    return above | _first(level, taken, here)
 
 
-def _first(mask: Array, count: Array) -> Array:
-    """The first `count` true entries of each row of a mask."""
-    there = words.count(mask)
+def _first(mask: Array, count: Array, there: Array) -> Array:
+    """The first `count` true entries of each row of a mask that has `there` of them."""
     count = count - mesh.before(there, FEATURE)
     partly = (count > 0) & (count < there)
 
