@@ -66,18 +66,20 @@ def gradient_of_model(x):
     return jnp.cos(3 * x)
 
 
-def forward(sae, variables, x, *, train, key=KEY, **more):
-    """A pass that is given all that rules may need."""
+def needs(sae, x):
+    """All that rules may need beside rows."""
     target = rows(3, x.shape[0], sae.width_out) if sae.is_transcoder else None
-    return sae.forward(
-        variables,
-        x,
-        target=target,
-        grad_x=gradient_of_model(x),
-        key=key,
-        train=train,
-        **more,
-    )
+    return {"target": target, "grad_x": gradient_of_model(x), "key": KEY}
+
+
+@functools.cache
+def compiled(sae, train):
+    """A pass as one program: one by one, operations are compiled in each call."""
+    return jax.jit(functools.partial(sae.forward, train=train))
+
+
+def forward(sae, variables, x, *, train, **more):
+    return compiled(sae, train)(variables, x, **{**needs(sae, x), **more})
 
 
 def codes(sae, variables, x, *, train, **more):
@@ -228,10 +230,9 @@ def every_parameter_learns(bound):
 
 def jit_changes_nothing(bound):
     sae, variables = build(bound)
-    compiled = jax.jit(functools.partial(forward, sae, train=True))
     plain, fast = (
-        forward(sae, variables, rows(), train=True),
-        compiled(variables, rows()),
+        run(variables, rows(), **needs(sae, rows()))
+        for run in (functools.partial(sae.forward, train=True), compiled(sae, True))
     )
     close(to_dense(plain.codes), to_dense(fast.codes))
     close(plain.x_hats[-1], fast.x_hats[-1])
