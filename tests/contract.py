@@ -73,13 +73,14 @@ def needs(sae, x):
 
 
 @functools.cache
-def compiled(sae, train):
-    """A pass as one program: one by one, operations are compiled in each call."""
+def program(sae, train):
+    """A pass, compiled once: operation by operation, its loops would be each time."""
     return jax.jit(functools.partial(sae.forward, train=train))
 
 
 def forward(sae, variables, x, *, train, **more):
-    return compiled(sae, train)(variables, x, **{**needs(sae, x), **more})
+    """A pass that is given all that rules may need."""
+    return program(sae, train)(variables, x, **{**needs(sae, x), **more})
 
 
 def codes(sae, variables, x, *, train, **more):
@@ -232,7 +233,7 @@ def jit_changes_nothing(bound):
     sae, variables = build(bound)
     plain, fast = (
         run(variables, rows(), **needs(sae, rows()))
-        for run in (functools.partial(sae.forward, train=True), compiled(sae, True))
+        for run in (functools.partial(sae.forward, train=True), program(sae, True))
     )
     close(to_dense(plain.codes), to_dense(fast.codes))
     close(plain.x_hats[-1], fast.x_hats[-1])
