@@ -97,8 +97,8 @@ def test_every_loss_and_divergence_is_that_of_single_contexts(join):
     assert len({round(loss, 4) for loss in losses.values()}) == 4
     for name, (loss, divergence) in expected.items():
         assert abs(scores[f"loss_{name}"] - loss) < LOSS, name
-        if name == "clean":
-            assert divergence == 0
+        if name == "clean":  # programs with and without a write may round apart
+            assert abs(divergence) < LOSS**2
         else:
             assert divergence > 1e-3
             assert abs(scores[f"kl_{name}"] - divergence) < LOSS, name
