@@ -5,11 +5,12 @@ they enter this package; docstrings say so.
 """
 
 import dataclasses
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sae_jax import checks, mesh, products, select
 
@@ -86,38 +87,63 @@ def aux_k(
     residual: Float[Array, "B D"],
     mask: Bool[Array, " B"] | None,
 ) -> Float[Array, ""]:
-    """The loss of `AuxK`.
-
-    While no more than k features are dead, as is usual, all of them are chosen: then
-    the term is a small dense SAE of their rows, at k/F of the products' cost.
-    """
+    """The loss of `AuxK`."""
     if aux.detach:
         residual = jax.lax.stop_gradient(residual)
+    given = encoder, dead, W_dec
     k = min(aux.k, dead.size)
+
+    def nothing(*_: Any) -> Array:
+        return jnp.zeros(residual.shape, jnp.promote_types(jnp.float32, encoder.dtype))
+
+    kinds = nothing, partial(decode_all, k=k), partial(decode_strongest, k=k)
+    e_hat = jax.lax.switch(n_kind(dead, k), kinds, *given).astype(residual.dtype)
+    weight = aux_weight(aux, dead, residual, mask)
+    return (weight * mse(e_hat, residual, mask)).astype(residual.dtype)
+
+
+def aux_weight(
+    aux: AuxK,
+    dead: Bool[Array, " F"],
+    residual: Float[Array, "B D"],
+    mask: Bool[Array, " B"] | None,
+) -> Float[Array, ""]:
+    """What the squared error is multiplied by: 0 where no feature is dead."""
+    weight = jnp.where(dead.any(), jnp.asarray(aux.coef, residual.dtype), 0)
+    if not aux.normalise:
+        return weight
+    spread = mse(mean_rows(residual, mask)[None], residual, mask)
+    return weight / jnp.where(spread > 0, spread, 1)
+
+
+def n_kind(dead: Bool[Array, " F"], k: int) -> Int[Array, ""]:
+    """0 where no feature is dead, 1 where at most k are, as is usual, 2 where more."""
     n_dead = dead.sum()
+    return mesh.for_any(n_dead > 0).astype(int) + mesh.for_any(n_dead > k)
 
-    def few(_: None) -> Array:
-        which = jnp.nonzero(dead, size=k)[0]
-        rows, bias = encoder.W_enc[which], encoder.b_enc[which]
-        rest = encoder.x, rows, bias, encoder.b_pre, encoder.dtype
-        revived = jax.nn.relu(products.preactivations(*rest))
-        revived = jnp.where(jnp.arange(k) < n_dead, revived, 0)
-        return products.decode(revived, W_dec[which], encoder.dtype)
 
-    def many(_: None) -> Array:
-        # Computed again: kept for this branch, it would be kept in every step.
-        factors = encoder.x, encoder.W_enc, encoder.b_enc, encoder.b_pre
-        again = products.encoder_product(*factors, encoder.dtype)
-        scores = jnp.where(dead, again.pre, -jnp.inf)
-        chosen = select.rows(scores, n_dead, count_max=k)
-        return products.decode(select.keep(again, chosen), W_dec, encoder.dtype)
+def decode_all(
+    encoder: products.Encoder, dead: Bool[Array, " F"], W_dec: Array, *, k: int
+) -> Float[Array, "B D"]:
+    """The decoding of all dead features, of which there are k at most.
 
-    e_hat = jax.lax.cond(mesh.for_any(n_dead > k), many, few, None).astype(
-        residual.dtype
-    )
-    error = mse(e_hat, residual, mask)
-    if aux.normalise:
-        spread = mse(mean_rows(residual, mask)[None], residual, mask)
-        error = error / jnp.where(spread > 0, spread, 1)
-    error = jnp.where(n_dead > 0, error, 0)
-    return (aux.coef * error).astype(residual.dtype)
+    It is that of a small dense SAE of their rows, at k/F of the products' cost.
+    """
+    which = jnp.nonzero(dead, size=k)[0]
+    rows, bias = encoder.W_enc[which], encoder.b_enc[which]
+    rest = encoder.x, rows, bias, encoder.b_pre, encoder.dtype
+    revived = jax.nn.relu(products.preactivations(*rest))
+    revived = jnp.where(jnp.arange(k) < dead.sum(), revived, 0)
+    return products.decode(revived, W_dec[which], encoder.dtype)
+
+
+def decode_strongest(
+    encoder: products.Encoder, dead: Bool[Array, " F"], W_dec: Array, *, k: int
+) -> Float[Array, "B D"]:
+    """The decoding of the k strongest dead features of each row."""
+    # Encoded again: kept for this, pre-activations would be kept in every step.
+    factors = encoder.x, encoder.W_enc, encoder.b_enc, encoder.b_pre
+    again = products.encoder_product(*factors, encoder.dtype)
+    scores = jnp.where(dead, again.pre, -jnp.inf)
+    chosen = select.rows(scores, dead.sum(), count_max=k)
+    return products.decode(select.keep(again, chosen), W_dec, encoder.dtype)

@@ -13,6 +13,7 @@ from sae_jax import checks, codes, products, start, treatment
 from sae_jax.architecture import Architecture
 from sae_jax.codes import Codes
 from sae_jax.contract import Inputs, Rule, Weights
+from sae_jax.products import Encoder
 from sae_jax.treatment import Undo
 from sae_jax.variables import Forward, Output, Variables
 
@@ -143,11 +144,7 @@ class SAE(Architecture):
             grad_x = grad_x.astype(self.param_dtype) * undo.factor
 
         weights = self.weights(variables, **turned)
-        nothing = jnp.zeros(self.d_in, self.param_dtype)
-        b_pre = weights.b_dec if self.centred else nothing
-        b_enc = weights.b_enc if self.biased else jnp.zeros_like(weights.b_enc)
-        dtype = jnp.dtype(self.dtype)
-        encoder = products.encoder_product(treated, weights.W_enc, b_enc, b_pre, dtype)
+        encoder, dtype = self.encoder(weights, treated), jnp.dtype(self.dtype)
         inputs = Inputs(treated, encoder, weights, aim, grad_x, mask, key, step)
 
         encoded = self.bound.call(
@@ -170,6 +167,14 @@ class SAE(Architecture):
             target=None if self.is_transcoder and target is None else aim,
             undo=undo_aim,
         )
+
+    def encoder(self, weights: Weights, treated: Float[Array, "B D_in"]) -> Encoder:
+        """The encoder product of rows after their treatment."""
+        nothing = jnp.zeros(self.d_in, self.param_dtype)
+        b_pre = weights.b_dec if self.centred else nothing
+        b_enc = weights.b_enc if self.biased else jnp.zeros_like(weights.b_enc)
+        dtype = jnp.dtype(self.dtype)
+        return products.encoder_product(treated, weights.W_enc, b_enc, b_pre, dtype)
 
     def _checked(self, x, target, grad_x, mask) -> Any:
         """Checks the arrays of a batch; rows that do not count become zeros."""

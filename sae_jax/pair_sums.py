@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-PIECE = 2048  # pairs at a time; from 16 to 2,048 make no difference on a CPU
+# Pairs at a time. On a CPU from 16 to 2,048 take the same time, and 256 less memory.
+PIECE = 2048
+PIECE_CPU = 256
 
 
 def weighted_sum(
@@ -81,6 +83,6 @@ def by_target(into: Int[Array, " N"], n_out: int) -> Int[Array, " N"]:
 def _pieces(pairs: Array, fill: int) -> Array:
     """`[pieces, PIECE]`, filled up."""
     n = pairs.shape[0]
-    piece = min(PIECE, n)
+    piece = min(PIECE_CPU if jax.default_backend() == "cpu" else PIECE, n)
     rest = -n % piece
     return jnp.pad(pairs, (0, rest), constant_values=fill).reshape(-1, piece)

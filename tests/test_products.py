@@ -71,7 +71,7 @@ def test_decoding_and_its_gradients_are_sums_over_slots(
     form, edges, dtype, monkeypatch
 ):
     """Values and rows are rounded once each; pieces of 7 leave a rest."""
-    monkeypatch.setattr(pair_sums, "PIECE", 7)
+    monkeypatch.setattr(pair_sums, "PIECE_CPU", 7)
     codes, (g, W_dec, _, _) = FORMS[form](), drawn(1)
     # Features on both sides of the edges.
     spread = jnp.asarray([6, 7, 8, 39])[jnp.arange(B) % 4]
@@ -113,7 +113,7 @@ def test_decoding_and_its_gradients_are_sums_over_slots(
 @pytest.mark.parametrize("form", [*FORMS, "dense"])
 def test_gradients_of_preactivations_are_sums_over_slots(form, dtype, monkeypatch):
     """Those of biases sum what was not rounded; that of x is there as well."""
-    monkeypatch.setattr(pair_sums, "PIECE", 7)
+    monkeypatch.setattr(pair_sums, "PIECE_CPU", 7)
     arguments = drawn(2)
     codes = pairs() if form == "dense" else FORMS[form]()
     slots = listed(codes)

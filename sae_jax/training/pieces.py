@@ -31,7 +31,14 @@ def fault(n_rows: int, n: int) -> str | None:
 
 
 def value_and_gradients(
-    loss: Callable, n: int, axis: str | None, params: Any, carried: Any, batch: Any
+    loss: Callable,
+    n: int,
+    axis: str | None,
+    params: Any,
+    carried: Any,
+    batch: Any,
+    *,
+    late: Callable | None = None,
 ) -> tuple[tuple[Seen, Any, Any, Float[Array, " n"]], Any]:
     """Gradients of the mean loss over a batch, of which 1/n exists at a time.
 
@@ -39,12 +46,14 @@ def value_and_gradients(
     keeps its own. A piece counts by its share of the valid rows.
 
     Args:
-      loss: `(params, carried, batch, i) -> loss, (carried, seen, stacked)`.
+      loss: `(params, carried, batch, i) -> loss, (carried, seen, stacked, left)`.
       n: number of pieces.
       axis: of `pmap`, whose devices have more pieces; what is carried stays theirs.
       params: what gradients are taken of.
       carried: what each piece gives the next.
       batch: arrays of rows; valid ones have a true `mask`, where there is one.
+      late: `(seen, grads, params, left, share) -> seen, grads`, adds to those of a
+        piece a loss that comes after the others.
 
     Returns:
       `(seen, carried, stacked, shares)`, the mean of `seen` (and of the loss, by that
@@ -52,26 +61,30 @@ def value_and_gradients(
     """
 
     def scaled(params: Any, carried: Any, rows: Any, share: Array, i: Array) -> Any:
-        value, (carried, seen, stacked) = loss(params, carried, rows, i)
+        value, (carried, seen, stacked, left) = loss(params, carried, rows, i)
         seen = {"loss": value, **seen}
         seen = {name: v * share.astype(v.dtype) for name, v in seen.items()}
-        return seen["loss"], (seen, carried, stacked)
+        return seen["loss"], (seen, carried, stacked, left)
 
     gradients = jax.grad(scaled, has_aux=True)
     pieces, shares = cut(batch, n, axis)
     if n == 1:
         rows = jax.tree.map(lambda a: a[0], pieces)
-        grads, (seen, carried, stacked) = gradients(
+        grads, (seen, carried, stacked, left) = gradients(
             params, carried, rows, shares[0], jnp.int32(0)
         )
+        if late is not None:
+            seen, grads = late(seen, grads, params, left, shares[0])
         stacked = jax.tree.map(lambda a: a[None], stacked)
         return summed(axis, seen, grads, carried, (stacked, shares))
 
     def add(sums: Any, piece: Any) -> Any:
         (seen, grads), carried = sums
-        grads, (own, carried, stacked) = grown(
+        grads, (own, carried, stacked, left) = grown(
             gradients, grads, params, carried, *piece
         )
+        if late is not None:
+            own, grads = late(own, grads, params, left, piece[1])
         return ((jax.tree.map(jnp.add, seen, own), grads), carried), stacked
 
     first = jax.tree.map(lambda a: a[0], (pieces, shares, jnp.arange(n)))

@@ -1,6 +1,5 @@
 """The training step: `step(state, batch) -> (state, metrics)`, pure, compiled once."""
 
-import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, TypedDict
@@ -19,7 +18,8 @@ from sae_jax.model import SAE
 from sae_jax.training import pieces
 from sae_jax.training.knob import CONSTANT, Knob, Turn
 from sae_jax.training.optim import DecoderNorm, project, unit_rows, waiting
-from sae_jax.training.terms import dead, errors, loss_terms, nmse, revived, underused
+from sae_jax.training.revival import Revival
+from sae_jax.training.terms import dead, errors, loss_terms, nmse, underused
 from sae_jax.variables import Variables
 
 
@@ -181,13 +181,14 @@ def make_step(
         if mask is not None:
             one = pieces.anywhere(mask.any(), axis).astype(jnp.int32)
 
-        weak = None
+        weak, late = None, None
         if aux is not None:
             weak = underused(sae.bound, state.variables.state, turned)
+        if aux is not None and aux.detach:
+            turns = {} if turned is None else {sae.bound.rule.knob: turned}
+            late = Revival(sae, aux, state.variables, turns, weak, loss_dtypes)
 
-        def piece_loss(
-            params: Params, carried: Any, rows: Batch, i: Array, *, some_weak: bool
-        ) -> Any:
+        def piece_loss(params: Params, carried: Any, rows: Batch, i: Array) -> Any:
             rule_state, fired = carried
             mask = rows.get("mask")
             key = jax.random.fold_in(state.key, state.step)
@@ -204,35 +205,28 @@ def make_step(
             )
             fired |= pieces.anywhere(codes.fired(out.codes, mask), axis)
             steps_idle = jnp.where(fired, 0, state.steps_idle + one)
-            idle = steps_idle if some_weak else None
+            idle: Any = steps_idle
+            left = None
+            if late is not None:
+                idle, left = None, late.left(out, rule_state, steps_idle, mask)
             terms = loss_terms(out, mask, idle, aux, underused=weak, dtypes=loss_dtypes)
             seen = {f"loss_{name}": value for name, value in terms.items()}
             seen["l0"] = losses.mean_rows(codes.l0(out.codes).astype(jnp.float32), mask)
             carried = out.state, fired
-            return sum(terms.values()), (carried, seen, errors(out, mask))
-
-        def gradients(params: Params, some_weak: bool = True) -> Any:
-            fired = jnp.zeros(sae.n_features, bool)
-            return pieces.value_and_gradients(
-                functools.partial(piece_loss, some_weak=some_weak),
-                accumulate,
-                axis,
-                params,
-                (state.variables.state, fired),
-                batch,
-            )
+            return sum(terms.values()), (carried, seen, errors(out, mask), left)
 
         params = state.variables.params
-        if aux is None:
-            found = gradients(params)
-        else:
-            # Decided outside the gradient: inside it, the branch without such features
-            # would still add zeros to each gradient.
-            some_weak = revived(state.steps_idle + one, weak, aux).any()
-            some_weak = mesh.for_any(some_weak)
-            alive = functools.partial(gradients, some_weak=False)
-            found = jax.lax.cond(some_weak, gradients, alive, params)
-        (seen, (rule_state, fired), of_pieces, shares), grads = found
+        fired = jnp.zeros(sae.n_features, bool)
+        found, grads = pieces.value_and_gradients(
+            piece_loss,
+            accumulate,
+            axis,
+            params,
+            (state.variables.state, fired),
+            batch,
+            late=None if late is None else late.added,
+        )
+        seen, (rule_state, fired), of_pieces, shares = found
         steps_idle = jnp.where(fired, 0, state.steps_idle + one)
 
         grad_norm = optax.tree.norm(grads)

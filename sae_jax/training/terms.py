@@ -36,6 +36,13 @@ def revived(steps_idle: Array, underused: Array | None, aux: AuxK) -> Array:
     return found if underused is None else found | underused
 
 
+def unexplained(out: Forward, dtypes: Mapping[str, DType]) -> Array:
+    """What the auxiliary loss starts from: the target less the last reconstruction."""
+    assert out.target is not None  # training has one, or forward would have said so
+    dtype = dtypes.get("aux", out.target.dtype)
+    return out.target.astype(dtype) - out.x_hats[-1].astype(dtype)
+
+
 def loss_terms(
     out: Forward,
     mask: Array | None,
@@ -47,7 +54,7 @@ def loss_terms(
 ) -> dict[str, Array]:
     """The terms whose sum is the loss, each with its coefficient in it.
 
-    `steps_idle` None says that no feature can be dead, nor any underused.
+    `steps_idle` None says that the loss of dead features is added later.
     """
     assert out.target is not None  # training has one, or forward would have said so
     known = {"mse", "aux", *out.penalties}
@@ -65,7 +72,7 @@ def loss_terms(
     for name, (coef, per_row) in out.penalties.items():
         terms[name] = coef * losses.mean_rows(cast(name, per_row), mask)
     if aux is not None:
-        residual = cast("aux", out.target) - cast("aux", out.x_hats[-1])
+        residual = unexplained(out, dtypes)
         terms["aux"] = jnp.zeros((), residual.dtype)
         if steps_idle is not None:
             weak, W_dec = revived(steps_idle, underused, aux), out.weights.W_dec
