@@ -59,39 +59,37 @@ def value_and_gradients(
       `(seen, carried, stacked, shares)`, the mean of `seen` (and of the loss, by that
       name), the last `carried`, all pieces' `stacked` and their shares; gradients.
     """
+    shares = shares_of(batch, n, axis)
 
-    def scaled(params: Any, carried: Any, rows: Any, share: Array, i: Array) -> Any:
-        value, (carried, seen, stacked, left) = loss(params, carried, rows, i)
+    def scaled(params: Any, carried: Any, i: Array) -> Any:
+        value, (carried, seen, stacked, left) = loss(
+            params, carried, piece(batch, n, i), i
+        )
         seen = {"loss": value, **seen}
-        seen = {name: v * share.astype(v.dtype) for name, v in seen.items()}
+        seen = {name: v * shares[i].astype(v.dtype) for name, v in seen.items()}
         return seen["loss"], (seen, carried, stacked, left)
 
     gradients = jax.grad(scaled, has_aux=True)
-    pieces, shares = cut(batch, n, axis)
     if n == 1:
-        rows = jax.tree.map(lambda a: a[0], pieces)
-        grads, (seen, carried, stacked, left) = gradients(
-            params, carried, rows, shares[0], jnp.int32(0)
-        )
+        grads, found = gradients(params, carried, jnp.int32(0))
+        seen, carried, stacked, left = found
         if late is not None:
             seen, grads = late(seen, grads, params, left, shares[0])
         stacked = jax.tree.map(lambda a: a[None], stacked)
         return summed(axis, seen, grads, carried, (stacked, shares))
 
-    def add(sums: Any, piece: Any) -> Any:
+    def add(sums: Any, i: Array) -> Any:
         (seen, grads), carried = sums
-        grads, (own, carried, stacked, left) = grown(
-            gradients, grads, params, carried, *piece
-        )
+        grads, found = grown(gradients, grads, params, carried, i)
+        own, carried, stacked, left = found
         if late is not None:
-            own, grads = late(own, grads, params, left, piece[1])
+            own, grads = late(own, grads, params, left, shares[i])
         return ((jax.tree.map(jnp.add, seen, own), grads), carried), stacked
 
-    first = jax.tree.map(lambda a: a[0], (pieces, shares, jnp.arange(n)))
-    like = jax.eval_shape(gradients, params, carried, *first)
+    like = jax.eval_shape(gradients, params, carried, jnp.int32(0))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (like[1][0], like[0]))
-    each = pieces, shares, jnp.arange(n)
-    ((seen, grads), carried), stacked = jax.lax.scan(add, (zeros, carried), each)
+    sums = jax.lax.scan(add, (zeros, carried), jnp.arange(n))
+    ((seen, grads), carried), stacked = sums
     return summed(axis, seen, grads, carried, (stacked, shares))
 
 
@@ -109,13 +107,15 @@ def anywhere(found: Array, axis: str | None) -> Array:
     return found if axis is None else jax.lax.pmax(found, axis)
 
 
-def cut(batch: Any, n: int, axis: str | None) -> tuple[Any, Float[Array, " n"]]:
-    """The pieces of a batch, stacked, and the share of the valid rows in each."""
-    pieces = jax.tree.map(
-        lambda a: a.reshape(a.shape[0] // n, n, *a.shape[1:]).swapaxes(0, 1), batch
-    )
+def piece(batch: Any, n: int, i: Array) -> Any:
+    """Of the rows of a batch those of its i-th piece."""
+    return jax.tree.map(lambda a: a.reshape(-1, n, *a.shape[1:])[:, i], batch)
+
+
+def shares_of(batch: Any, n: int, axis: str | None) -> Float[Array, " n"]:
+    """The share of the valid rows that is in each piece."""
     if "mask" not in batch:
-        return pieces, jnp.full(n, 1 / (n * jax.lax.axis_size(axis) if axis else n))
-    valid = pieces["mask"].sum(1)
+        return jnp.full(n, 1 / (n * jax.lax.axis_size(axis) if axis else n))
+    valid = batch["mask"].reshape(-1, n).sum(0)
     total = jax.lax.psum(valid.sum(), axis) if axis else valid.sum()
-    return pieces, valid / jnp.maximum(total, 1)
+    return valid / jnp.maximum(total, 1)

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from sae_jax import mesh
 from sae_jax.piecewise import in_place
 
-AT_ONCE = 1024  # features; they stay in the cache
+AT_ONCE = 512  # features; they stay in the cache
 
 
 @flax.struct.dataclass
