@@ -97,7 +97,7 @@ def aux_k(
         return jnp.zeros(residual.shape, jnp.promote_types(jnp.float32, encoder.dtype))
 
     kinds = nothing, partial(decode_all, k=k), partial(decode_strongest, k=k)
-    e_hat = jax.lax.switch(n_kind(dead, k), kinds, *given).astype(residual.dtype)
+    e_hat = jax.lax.switch(how_many(dead, k), kinds, *given).astype(residual.dtype)
     weight = aux_weight(aux, dead, residual, mask)
     return (weight * mse(e_hat, residual, mask)).astype(residual.dtype)
 
@@ -116,7 +116,7 @@ def aux_weight(
     return weight / jnp.where(spread > 0, spread, 1)
 
 
-def n_kind(dead: Bool[Array, " F"], k: int) -> Int[Array, ""]:
+def how_many(dead: Bool[Array, " F"], k: int) -> Int[Array, ""]:
     """0 where no feature is dead, 1 where at most k are, as is usual, 2 where more."""
     n_dead = dead.sum()
     return mesh.for_any(n_dead > 0).astype(int) + mesh.for_any(n_dead > k)

@@ -24,8 +24,10 @@ from sae_jax import (
     require_finite,
     to_dense,
 )
-from sae_jax.codes import l0
+from sae_jax.codes import fired, l0
+from sae_jax.training import revival
 from sae_jax.training.optim import clipping, project, unit_rows
+from sae_jax.training.terms import loss_terms
 from tests import oracles
 from tests.compilations import compilations
 from tests.contract import rows
@@ -176,21 +178,27 @@ def about_to_die(optimiser, dead_after=3):
     return sae, params, dataclasses.replace(state, steps_idle=idle.astype(jnp.int32))
 
 
-@pytest.mark.parametrize(("k", "masked"), [(13, False), (5, False), (13, True)])
-def test_aux_k_counts_from_the_step_in_which_features_die(k, masked):
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("k", [13, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_aux_k_counts_from_the_step_in_which_features_die(
+    monkeypatch, k, masked, normalise
+):
+    monkeypatch.setattr(revival, "ROWS_AT_ONCE", 8)
     optimiser = optax.sgd(0.0)
     sae, params, state = about_to_die(optimiser)
     valid = np.arange(24) != 5 if masked else np.full(24, True)
     batch = {"x": rows()} | ({"mask": jnp.asarray(valid)} if masked else {})
     params = {name: np.asarray(p, np.float64) for name, p in params.items()}
-    _, metrics = make_step(sae, optimiser, aux=AuxK(k, 1.0, 3))(state, batch)
+    aux = AuxK(k, 1.0, 3, normalise)
+    _, metrics = make_step(sae, optimiser, aux=aux)(state, batch)
     assert metrics["dead"] == 11
     x = np.asarray(rows(), np.float64)[valid]
     pre = oracles.preactivations(x, params)
     codes = oracles.topk(x, params, {"k": 4})
     residual = x - oracles.reconstruct(codes, params)
     dead = (np.arange(64) >= 30) & (np.arange(64) < 41)
-    expected = oracles.aux_k(pre, dead, params["W_dec"], residual, k, 1.0, False)
+    expected = oracles.aux_k(pre, dead, params["W_dec"], residual, k, 1.0, normalise)
     np.testing.assert_allclose(metrics["loss_aux"], expected, rtol=1e-5)
 
 
@@ -207,6 +215,36 @@ def test_gradients_are_the_same_for_few_dead_features_as_for_many():
     for name, gradient in found[0].items():
         size = np.abs(gradient).max()
         np.testing.assert_allclose(found[1][name], gradient, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("k", [13, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_aux_k_after_the_other_terms_is_what_it_is_among_them(
+    monkeypatch, k, masked, normalise
+):
+    """Whole gradients of a step, against those of one function of all terms."""
+    monkeypatch.setattr(revival, "ROWS_AT_ONCE", 8)
+    aux, optimiser = AuxK(k, 1.0, 3, normalise), optax.sgd(1.0)
+    sae, before, state = about_to_die(optimiser)
+    mask = jnp.arange(24) % 5 != 2 if masked else None
+    batch = {"x": rows()} | ({"mask": mask} if masked else {})
+    idle, variables = state.steps_idle + 1, jax.tree.map(jnp.copy, state.variables)
+
+    def together(params):
+        given = variables._replace(params=params)
+        out = sae.forward(given, rows(), mask=mask, train=True)
+        dead = jnp.where(fired(out.codes, mask), 0, idle)
+        return sum(loss_terms(out, mask, dead, aux).values())
+
+    loss, expected = jax.value_and_grad(together)(variables.params)
+    take = make_step(sae, optimiser, aux=aux, decoder_norm="free")
+    state, metrics = take(state, batch)
+    assert metrics["loss_aux"] > 0
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    for name, gradient in expected.items():
+        found = before[name] - state.variables.params[name]
+        np.testing.assert_allclose(found, gradient, atol=1e-6 * np.abs(gradient).max())
 
 
 def test_aux_k_is_on_by_default_where_the_rule_says_so():

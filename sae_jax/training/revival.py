@@ -6,7 +6,6 @@ twice. That the residual is a constant to this term (`AuxK.detach`) lets it come
 them. Where it is not, the term is one of the others.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +23,8 @@ from sae_jax.training.sums import grown
 from sae_jax.training.terms import revived, unexplained
 from sae_jax.variables import Forward, Variables
 
-ROWS_AT_ONCE = 256  # on a CPU, where more than k features are dead
+# On a CPU, where more than k features are dead, and of batches that it divides.
+ROWS_AT_ONCE = 256
 
 Seen = dict[str, Array]
 
@@ -84,9 +84,8 @@ class Revival(NamedTuple):
         decode_strongest = partial(losses.decode_strongest, k=k)
         weight = losses.aux_weight(self.aux, dead, residual, mask)
         weight = weight * share.astype(weight.dtype)
-        at_once = n_rows
-        if not mesh.spread() and jax.default_backend() == "cpu":
-            at_once = math.gcd(n_rows, ROWS_AT_ONCE)
+        whole = mesh.spread() or jax.default_backend() != "cpu"
+        at_once = n_rows if whole or n_rows % ROWS_AT_ONCE else ROWS_AT_ONCE
         n = n_rows // at_once
 
         def plus(i: Array, sums: Any, decode: Callable, rows: Any, weight: Any) -> Any:
@@ -108,7 +107,7 @@ class Revival(NamedTuple):
             own = (weight * part).astype(weight.dtype)
             return plus(i, sums, decode_strongest, some, own)
 
-        kind = losses.n_kind(dead, k)
+        kind = losses.how_many(dead, k)
         sums = seen["loss_aux"], grads
         sums = jax.lax.fori_loop(0, jnp.where(kind == 1, 1, 0), with_all, sums)
         sums = jax.lax.fori_loop(0, jnp.where(kind == 2, n, 0), with_strongest, sums)
