@@ -102,7 +102,7 @@ def test_however_many_at_once_in_pieces_and_with_knobs_that_move():
             assert "knob" in found[1].values
 
 
-def test_a_branch_of_all_stays_a_branch():
+def test_what_no_member_calls_for_is_not_computed():
     """Else each step would take both ways, of the loss of dead features above all."""
     ensemble = Ensemble((SAE(D, F, "topk(k=4)"),) * 3, RECIPE, (None,) * 3, 3)
     starts = [
@@ -112,15 +112,29 @@ def test_a_branch_of_all_stays_a_branch():
     step = RECIPE.make_step(ensemble.sae, jit=False)
     window = ensemble.stacked([empty(step, starts[0], batch(0))] * 3)
     of_all, own = ensemble.make_step(), ensemble.own()
-    branches = [
-        str(program).count("= cond[")
-        for program in (
-            jax.make_jaxpr(step)(starts[0], batch(0)),
-            jax.make_jaxpr(of_all)(own, state, window, batch(0)),
-        )
-    ]
-    # But the update: one that has diverged takes none, and the others theirs.
-    assert branches[0] - 1 == branches[1] > 1
+    # The update alone: one that has diverged takes none, and the others theirs.
+    programs = (
+        jax.make_jaxpr(step)(starts[0], batch(0)),
+        jax.make_jaxpr(of_all)(own, state, window, batch(0)),
+    )
+    alone, together = (list(steps_in(program.jaxpr)) for program in programs)
+    names = [[eqn.primitive.name for eqn in found] for found in (alone, together)]
+    assert [found.count("cond") for found in names] == [1, 0]
+    loops = [eqn for eqn in together if eqn.primitive.name == "while"]
+    assert len(loops) == 2, "one with few dead features, one with many"
+    for loop in loops:
+        i, n, loss = (v.aval.shape for v in loop.outvars[:3])
+        assert (i, n, loss) == ((), (), (3,)), "the number of turns is that of all"
+
+
+def steps_in(jaxpr):
+    """All equations of a program, those of its parts included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(tuple(eqn.params.values())):
+            part = getattr(value, "jaxpr", value)
+            if hasattr(part, "eqns"):
+                yield from steps_in(part)
 
 
 # Who is trained with whom
