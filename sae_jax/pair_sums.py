@@ -81,7 +81,7 @@ def by_target(into: Int[Array, " N"], n_out: int) -> Int[Array, " N"]:
 
 
 def _pieces(pairs: Array, fill: int) -> Array:
-    """`[pieces, PIECE]`, filled up."""
+    """`[pieces, pairs of a piece]`, filled up."""
     n = pairs.shape[0]
     piece = min(PIECE_CPU if jax.default_backend() == "cpu" else PIECE, n)
     rest = -n % piece

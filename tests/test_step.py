@@ -178,9 +178,13 @@ def about_to_die(optimiser, dead_after=3):
     return sae, params, dataclasses.replace(state, steps_idle=idle.astype(jnp.int32))
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("k", [13, 5])
-@pytest.mark.parametrize("masked", [False, True])
+every_aux_k = pytest.mark.parametrize(
+    ("k", "masked", "normalise"),
+    list(itertools.product((13, 5), (False, True), (False, True))),
+)
+
+
+@every_aux_k
 def test_aux_k_counts_from_the_step_in_which_features_die(
     monkeypatch, k, masked, normalise
 ):
@@ -217,9 +221,7 @@ def test_gradients_are_the_same_for_few_dead_features_as_for_many():
         np.testing.assert_allclose(found[1][name], gradient, atol=1e-5 * size)
 
 
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("k", [13, 5])
-@pytest.mark.parametrize("masked", [False, True])
+@every_aux_k
 def test_aux_k_after_the_other_terms_is_what_it_is_among_them(
     monkeypatch, k, masked, normalise
 ):

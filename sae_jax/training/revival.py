@@ -19,6 +19,7 @@ from sae_jax.architecture import DType
 from sae_jax.contract import Params, State
 from sae_jax.losses import AuxK
 from sae_jax.model import SAE
+from sae_jax.training import pieces
 from sae_jax.training.sums import grown
 from sae_jax.training.terms import revived, unexplained
 from sae_jax.variables import Forward, Variables
@@ -78,15 +79,15 @@ class Revival(NamedTuple):
         Loops of no turn, not branches: XLA would copy the gradients in each branch.
         """
         rows, dead = left.rows, left.features
-        n_rows, residual, mask = len(rows["x"]), rows["residual"], rows.get("mask")
+        n_rows = len(rows["x"])
         k = min(self.aux.k, dead.size)
         decode_all = partial(losses.decode_all, k=k)
         decode_strongest = partial(losses.decode_strongest, k=k)
-        weight = losses.aux_weight(self.aux, dead, residual, mask)
+        weight = losses.aux_weight(self.aux, dead, rows["residual"], rows.get("mask"))
         weight = weight * share.astype(weight.dtype)
         whole = mesh.spread() or jax.default_backend() != "cpu"
-        at_once = n_rows if whole or n_rows % ROWS_AT_ONCE else ROWS_AT_ONCE
-        n = n_rows // at_once
+        n = 1 if whole or n_rows % ROWS_AT_ONCE else n_rows // ROWS_AT_ONCE
+        shares = pieces.shares_of(rows, n, None)
 
         def plus(i: Array, sums: Any, decode: Callable, rows: Any, weight: Any) -> Any:
             # What is the same in all turns, XLA would compute before a loop of none.
@@ -97,15 +98,8 @@ class Revival(NamedTuple):
             return plus(i, sums, decode_all, rows, weight)
 
         def with_strongest(i: Array, sums: Any) -> Any:
-            some = {
-                name: jax.lax.dynamic_slice_in_dim(of_all, i * at_once, at_once)
-                for name, of_all in rows.items()
-            }
-            part: Any = 1 / n
-            if mask is not None:
-                part = some["mask"].sum() / jnp.maximum(mask.sum(), 1)
-            own = (weight * part).astype(weight.dtype)
-            return plus(i, sums, decode_strongest, some, own)
+            own = weight * shares[i].astype(weight.dtype)
+            return plus(i, sums, decode_strongest, pieces.piece(rows, n, i), own)
 
         kind = losses.how_many(dead, k)
         sums = seen["loss_aux"], grads
